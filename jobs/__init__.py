@@ -1,0 +1,1 @@
+"""Ray programs over `parakeet_core`: all I/O of the project is here."""

@@ -1,0 +1,70 @@
+"""The exception tree of the package. Every message says which item or file, what was found, what was expected, what to do.
+
+    ParakeetError
+    ├── CheckpointError   the checkpoint cannot be used; stops a job before any work
+    ├── ConfigError       an option or a combination of options cannot be used; stops a job before any work
+    └── InputError        one item cannot be transcribed; becomes that item's row, under its `kind`
+
+Third-party exceptions are mapped at one boundary each (`audio.py`, `checkpoint.py`, `tokenizer.py`), with `from`.
+"""
+
+from enum import StrEnum
+
+
+class ErrorKind(StrEnum):
+    """Why an item has no transcript: the values of the table's `error_kind` column.
+
+    The kinds above `STORAGE` are properties of the data: a retry gives the same row. `STORAGE` and those below it may pass
+    when tried again (`RETRYABLE_KINDS`).
+    """
+
+    EMPTY_FILE = "empty_file"  # zero bytes, or a header with no sample behind it
+    NOT_AUDIO = "not_audio"  # no decoder recognises the content
+    TRUNCATED = "truncated"  # fewer samples than the header or the container promises
+    ABSURD_HEADER = "absurd_header"  # declared sizes that the bytes cannot hold
+    NON_FINITE = "non_finite"  # NaN or infinity among the samples
+    DECODER_MISSING = "decoder_missing"  # a known format whose optional decoder is not installed
+    BAD_CHANNEL = "bad_channel"  # a channel that the audio does not have
+    BAD_SEGMENT = "bad_segment"  # negative offset or duration, or a segment outside the audio
+    TOO_LONG = "too_long"  # over the limit on decoded length
+    BAD_RECORD = "bad_record"  # a manifest line, tar member or Parquet row that does not describe an item
+    TORN_ARCHIVE = "torn_archive"  # an archive that ends or breaks in the middle: stands for the members behind the tear
+    MISSING_OBJECT = "missing_object"  # the listing or manifest names it, the storage does not have it
+    FORBIDDEN = "forbidden"  # the storage refuses to give it
+    STORAGE = "storage"  # the storage failed after all retries
+    DECODER_CRASH = "decoder_crash"  # decoding ended, hung or exhausted its process
+    OUT_OF_MEMORY = "out_of_memory"  # the item alone does not fit the device
+
+
+RETRYABLE_KINDS = frozenset(
+    {ErrorKind.MISSING_OBJECT, ErrorKind.FORBIDDEN, ErrorKind.STORAGE, ErrorKind.DECODER_CRASH, ErrorKind.OUT_OF_MEMORY}
+)
+
+
+class ParakeetError(Exception):
+    """Base of every error raised on purpose by this project."""
+
+
+class CheckpointError(ParakeetError):
+    """The checkpoint is missing, damaged, or describes a model that is not implemented."""
+
+
+class ConfigError(ParakeetError):
+    """An option, or a combination of options, cannot be used."""
+
+
+class InputError(ParakeetError):
+    """One item cannot be transcribed.
+
+    Args:
+        kind: the reason, from `ErrorKind`.
+        message: what was found, what was expected, what to do.
+    """
+
+    def __init__(self, kind: ErrorKind, message: str):
+        super().__init__(message)
+        self.kind = ErrorKind(kind)
+        self.message = message
+
+    def __reduce__(self):  # survives the way between processes
+        return type(self), (self.kind, self.message)
