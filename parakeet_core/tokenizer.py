@@ -1,0 +1,82 @@
+"""Token ids <-> text, over the two tokenizer formats that checkpoints carry. Knows nothing of CTC or of checkpoints."""
+
+from pathlib import Path
+from typing import Protocol
+
+import sentencepiece
+import tokenizers
+
+from parakeet_core.errors import CheckpointError
+
+WORD_START = "▁"  # U+2581, SentencePiece's mark for the space before a word
+
+
+class Tokenizer(Protocol):
+    """What the rest of the code asks of a tokenizer. The blank is not among its pieces' texts: it decodes to nothing."""
+
+    pieces: list[str]  # by id
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`."""
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of collapsed token ids without blanks: pieces joined, word marks as spaces, the first space stripped."""
+
+
+class TokenizerJson:
+    """`tokenizer.json` of a Hugging Face checkpoint.
+
+    Args:
+        content: the file's text.
+        name: what to call it in messages.
+
+    Raises:
+        CheckpointError: it does not describe a tokenizer.
+    """
+
+    def __init__(self, content: str, name: str = "tokenizer.json"):
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_str(content)
+        except Exception as error:  # noqa: BLE001 - the library raises bare Exception
+            raise CheckpointError(f"{name}: not a tokenizer that the tokenizers library reads ({error})") from error
+        size = self._tokenizer.get_vocab_size()
+        self.pieces = [self._tokenizer.id_to_token(i) or "" for i in range(size)]
+
+    def encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids)
+
+
+class SentencePieceTokenizer:
+    """`tokenizer.model` of a NeMo checkpoint.
+
+    Args:
+        content: the file's bytes.
+        name: what to call it in messages.
+
+    Raises:
+        CheckpointError: it is not a SentencePiece model.
+    """
+
+    def __init__(self, content: bytes, name: str = "tokenizer.model"):
+        self._processor = sentencepiece.SentencePieceProcessor()
+        try:
+            self._processor.LoadFromSerializedProto(content)
+        except RuntimeError as error:
+            raise CheckpointError(f"{name}: not a SentencePiece model ({error})") from error
+        self.pieces = [self._processor.IdToPiece(i) for i in range(self._processor.GetPieceSize())]
+
+    def encode(self, text: str) -> list[int]:
+        return self._processor.EncodeAsIds(text)
+
+    def decode(self, ids: list[int]) -> str:
+        return self._processor.DecodeIds(list(map(int, ids)))
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """Tokenizer from a `tokenizer.json` or `tokenizer.model` file, by its name's ending."""
+    if path.suffix == ".json":
+        return TokenizerJson(path.read_text(encoding="utf-8"), path.name)
+    return SentencePieceTokenizer(path.read_bytes(), path.name)
