@@ -175,8 +175,8 @@ class Encoder(nn.Module):
             lens: [B] integer, valid feature frames of each item.
 
         Returns:
-            states [B, U, D] and their lens [B], U = ceil(T / 8) for a factor of 8. States past an item's length are finite
-            and meaningless.
+            states [B, U, D] and their lens [B], U = ceil(T / 8) for a factor of 8. States past an item's length are
+            finite and meaningless.
         """
         config = self.config
         features = features * valid_frames(lens, features.shape[1])[:, :, None]

@@ -1,4 +1,4 @@
-"""The exception tree of the package. Every message says which item or file, what was found, what was expected, what to do.
+"""The exception tree of the package. A message says which item or file, what was found and expected, and what to do.
 
     ParakeetError
     ├── CheckpointError   the checkpoint cannot be used; stops a job before any work
@@ -14,8 +14,7 @@ from enum import StrEnum
 class ErrorKind(StrEnum):
     """Why an item has no transcript: the values of the table's `error_kind` column.
 
-    The kinds above `STORAGE` are properties of the data: a retry gives the same row. `STORAGE` and those below it may pass
-    when tried again (`RETRYABLE_KINDS`).
+    Most are properties of the data: a retry gives the same row. Those in `RETRYABLE_KINDS` may pass when tried again.
     """
 
     EMPTY_FILE = "empty_file"  # zero bytes, or a header with no sample behind it
@@ -28,7 +27,9 @@ class ErrorKind(StrEnum):
     BAD_SEGMENT = "bad_segment"  # negative offset or duration, or a segment outside the audio
     TOO_LONG = "too_long"  # over the limit on decoded length
     BAD_RECORD = "bad_record"  # a manifest line, tar member or Parquet row that does not describe an item
-    TORN_ARCHIVE = "torn_archive"  # an archive that ends or breaks in the middle: stands for the members behind the tear
+    TORN_ARCHIVE = (
+        "torn_archive"  # an archive that ends or breaks in the middle: stands for the members behind the tear
+    )
     MISSING_OBJECT = "missing_object"  # the listing or manifest names it, the storage does not have it
     FORBIDDEN = "forbidden"  # the storage refuses to give it
     STORAGE = "storage"  # the storage failed after all retries

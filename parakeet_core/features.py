@@ -42,8 +42,8 @@ class LogMelFrontend:
             device: where to compute; the device of the first tensor, else the CPU.
 
         Returns:
-            features [B, T, M] float32 and lens [B] int64. An item of S samples has S // hop frames; an item of one frame
-            is all zeros, as in NeMo, where the reference gives NaN.
+            features [B, T, M] float32 and lens [B] int64. An item of S samples has S // hop frames; an item of one
+            frame is all zeros, as in NeMo, where the reference gives NaN.
 
         Raises:
             ValueError: a waveform is not one-dimensional.

@@ -33,7 +33,9 @@ from parakeet_core.encoder import (
 
 POSITION_STEP = 256  # encoder frames (20 s): position tables grow by whole steps, so that few lengths make them grow
 MIN_TILE_FRAMES = 4  # encoder frames; in smaller tiles most of the work would be what neighbours compute too
-TILE_BYTES = 4 << 20  # largest buffer of a subsampling tile on the CPU: stays in cache and under malloc's mmap threshold
+TILE_BYTES = (
+    4 << 20
+)  # largest buffer of a subsampling tile on the CPU: stays in cache and under malloc's mmap threshold
 
 
 class InferenceModel(nn.Module):

@@ -12,7 +12,7 @@ WORD_START = "▁"  # U+2581, SentencePiece's mark for the space before a word
 
 
 class Tokenizer(Protocol):
-    """What the rest of the code asks of a tokenizer. The blank is not among its pieces' texts: it decodes to nothing."""
+    """What the rest of the code asks of a tokenizer."""
 
     pieces: list[str]  # by id
 
@@ -80,3 +80,16 @@ def load_tokenizer(path: Path) -> Tokenizer:
     if path.suffix == ".json":
         return TokenizerJson(path.read_text(encoding="utf-8"), path.name)
     return SentencePieceTokenizer(path.read_bytes(), path.name)
+
+
+def check_pieces(tokenizer: Tokenizer, vocab_size: int, name: str) -> None:
+    """Refuse a tokenizer that lacks a text for ids the model emits; the blank, the last id, may be left out.
+
+    Raises:
+        CheckpointError: tokenizer and model do not belong together.
+    """
+    if not vocab_size - 1 <= len(tokenizer.pieces) <= vocab_size:
+        raise CheckpointError(
+            f"{name}: the tokenizer has {len(tokenizer.pieces)} pieces, the model {vocab_size} outputs with blank; "
+            f"expected {vocab_size - 1} or {vocab_size} pieces"
+        )

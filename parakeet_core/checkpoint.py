@@ -1,0 +1,165 @@
+"""A checkpoint on disk -> config, model, tokenizer and front end. Knows nothing of what its two forms call their tensors.
+
+`checkpoint_hf.py` reads Hugging Face directories and `checkpoint_nemo.py` NeMo archives; they alone know foreign names,
+and both hand over a `CheckpointSource`. Nothing is ever unpickled, and no archive member is written where its name says.
+"""
+
+import hashlib
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor, nn
+
+from parakeet_core.config import ModelConfig
+from parakeet_core.ctc import ParakeetCTC
+from parakeet_core.errors import CheckpointError
+from parakeet_core.features import LogMelFrontend
+from parakeet_core.tokenizer import Tokenizer
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+LISTED_NAMES = 20  # tensor names of one kind that a message lists before it only counts them
+HASH_BLOCK = 1 << 22  # bytes
+
+
+@dataclass(frozen=True)
+class CheckpointSource:
+    """What a reader of one checkpoint form found; tensor names are those of `ParakeetCTC`.
+
+    Attributes:
+        shapes: name -> shape of every weight, read without reading the weights.
+        tensors: yields (name, tensor) of every weight, each at most once in memory beside what the caller keeps.
+        digest: sha256 of the stored weights, hexadecimal.
+    """
+
+    config: ModelConfig
+    tokenizer: Tokenizer
+    shapes: dict[str, tuple[int, ...]]
+    tensors: Callable[[], Iterator[tuple[str, Tensor]]]
+    digest: Callable[[], str]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A loaded checkpoint; the model is in eval mode."""
+
+    path: Path
+    config: ModelConfig
+    model: ParakeetCTC
+    tokenizer: Tokenizer
+    frontend: LogMelFrontend
+    source: CheckpointSource
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 of the weights file, hexadecimal; of several, sha256 over their `sha256sum` lines in order of name.
+
+        Computed when first asked for: 2.4 GB take some seconds.
+        """
+        return self.source.digest()
+
+
+def load_checkpoint(
+    path: str | Path, dtype: torch.dtype | str = torch.float32, device: torch.device | str = "cpu"
+) -> Checkpoint:
+    """Load a checkpoint.
+
+    Args:
+        path: a directory as transformers writes it (config.json, safetensors, tokenizer) or a `.nemo` archive.
+        dtype: of the model's weights, whatever the file's is. Weights of the same dtype stay in the memory-mapped file.
+        device: where the model goes.
+
+    Raises:
+        CheckpointError: it cannot be read, or it describes a model that is not implemented. Missing, unexpected and
+            misshapen tensors are named in one message.
+    """
+    path, dtype = Path(path), resolve_dtype(dtype)
+    source = read_source(path)
+    with torch.device("meta"):
+        model = ParakeetCTC(source.config)
+    _check_tensors(path, model, source.shapes)
+    for name, tensor in source.tensors():
+        _set_tensor(model, name, tensor.to(device=device, dtype=dtype))
+    for name, buffer in list(model.named_buffers()):
+        if buffer.is_meta:  # BatchNorm's counter of training steps
+            _set_tensor(model, name, torch.zeros(buffer.shape, dtype=buffer.dtype, device=device))
+    model.eval()
+    return Checkpoint(path, source.config, model, source.tokenizer, LogMelFrontend(source.config.frontend), source)
+
+
+def read_source(path: Path) -> CheckpointSource:
+    """Everything about a checkpoint but its weights. Raises CheckpointError."""
+    from parakeet_core.checkpoint_hf import read_hf_directory  # both import this module's types
+    from parakeet_core.checkpoint_nemo import read_nemo_archive
+
+    if path.is_dir():
+        return read_hf_directory(path)
+    if path.is_file():
+        return read_nemo_archive(path)
+    raise CheckpointError(f"{path}: no such checkpoint; expected a Hugging Face directory or a .nemo file")
+
+
+def resolve_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    """A torch dtype from itself or its name. Raises CheckpointError for one that models are not run in."""
+    if isinstance(dtype, str) and dtype in DTYPES:
+        return DTYPES[dtype]
+    if dtype in DTYPES.values():
+        return dtype
+    raise CheckpointError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
+
+
+def layer_count(names: Iterable[str]) -> int:
+    """Encoder layers that the tensor names speak of."""
+    layers = {int(match[1]) for name in names if (match := re.match(r"encoder\.layers\.(\d{1,6})\.", name))}
+    return max(layers, default=-1) + 1
+
+
+def sha256_of(stream: BinaryIO) -> str:
+    """sha256 of what a stream holds, hexadecimal."""
+    digest = hashlib.sha256()
+    while block := stream.read(HASH_BLOCK):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def _check_tensors(path: Path, model: nn.Module, found: dict[str, tuple[int, ...]]) -> None:
+    expected = {
+        name: tuple(t.shape) for name, t in model.state_dict().items() if not name.endswith("num_batches_tracked")
+    }
+    problems = [
+        ("missing", [name for name in expected if name not in found]),
+        ("unexpected", [name for name in found if name not in expected]),
+        (
+            "misshapen",
+            [
+                f"{name} (found {list(found[name])}, expected {list(shape)})"
+                for name, shape in expected.items()
+                if name in found and found[name] != shape
+            ],
+        ),
+    ]
+    if any(names for _, names in problems):
+        listed = "; ".join(f"{len(names)} {kind}: {_listing(names)}" for kind, names in problems if names)
+        raise CheckpointError(
+            f"{path}: the weights are not those of the model that its configuration describes: {listed}. "
+            "Expected a Parakeet CTC checkpoint whose configuration and weights belong together."
+        )
+
+
+def _listing(names: list[str]) -> str:
+    more = f" and {len(names) - LISTED_NAMES} more" if len(names) > LISTED_NAMES else ""
+    return ", ".join(names[:LISTED_NAMES]) + more
+
+
+def _set_tensor(model: nn.Module, name: str, tensor: Tensor) -> None:
+    """Put a tensor in the place of a parameter or buffer, without copying it."""
+    owner_name, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(owner_name)
+    if leaf in owner._buffers:
+        owner._buffers[leaf] = tensor
+    else:
+        owner._parameters[leaf] = nn.Parameter(tensor)

@@ -1,0 +1,222 @@
+"""NeMo archives (.nemo): a tar, sometimes gzipped, of a YAML config, torch.save'd weights and a SentencePiece model.
+
+Source of the names: NeMo `collections/asr` (ConformerEncoder, ConvASRDecoder, AudioToMelSpectrogramPreprocessor).
+"""
+
+import math
+import pickle
+import re
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+import yaml
+from torch import Tensor
+
+from parakeet_core.checkpoint import CheckpointSource, layer_count, sha256_of
+from parakeet_core.checkpoint_hf import typed_dataclass
+from parakeet_core.config import EncoderConfig, FrontendConfig, ModelConfig
+from parakeet_core.errors import CheckpointError
+from parakeet_core.tokenizer import SentencePieceTokenizer, check_pieces
+
+CONFIG, WEIGHTS = "model_config.yaml", "model_weights.ckpt"
+SMALL_MEMBER_BYTES = 64 << 20  # config and tokenizer; public ones are under 2 MB
+
+RENAMES = (  # theirs -> ours, applied in order
+    (r"^encoder\.pre_encode\.conv\.", "encoder.subsampling.layers."),
+    (r"^encoder\.pre_encode\.out\.", "encoder.subsampling.linear."),
+    (r"\.conv\.batch_norm\.", ".conv.norm."),
+    (r"\.linear_([qkv])\.", r".\1_proj."),
+    (r"\.linear_out\.", ".o_proj."),
+    (r"\.linear_pos\.", ".relative_k_proj."),
+    (r"\.pos_bias_([uv])$", r".bias_\1"),
+    (r"^(ctc_)?decoder\.decoder_layers\.0\.", "ctc_head."),
+)
+DROPPED = r"^preprocessor\.|num_batches_tracked$"  # the front end's window and mel bank, a training counter
+DROPPED_IN_HYBRIDS = r"^(decoder|joint)\."  # the transducer beside the CTC head
+
+
+def read_nemo_archive(path: Path) -> CheckpointSource:
+    """Read a .nemo archive; its weights are read once, here, because their shapes are known no sooner.
+
+    Raises:
+        CheckpointError: the archive is damaged, or its model is not implemented here. All reasons are named.
+    """
+    try:
+        with tarfile.open(path, "r:*") as archive:
+            members = {Path(member.name).name: member for member in archive.getmembers() if member.isfile()}
+            config = _config(path, _small(path, archive, members, CONFIG))
+            _refuse(path, config)
+            tokenizer_name = str(_at(config, "tokenizer.model_path")).removeprefix("nemo:")
+            tokenizer = SentencePieceTokenizer(
+                _small(path, archive, members, tokenizer_name), f"{path}: {tokenizer_name}"
+            )
+            tensors = _weights(path, archive, members, hybrid="aux_ctc" in config)
+    except (tarfile.TarError, OSError, EOFError) as error:
+        raise CheckpointError(f"{path}: not a readable .nemo archive ({error}); fetch it again") from error
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    model_config = _model_config(path, config, shapes)
+    check_pieces(tokenizer, model_config.vocab_size, str(path))
+    return CheckpointSource(model_config, tokenizer, shapes, lambda: _drain(tensors), lambda: _digest(path))
+
+
+def _member(path: Path, archive: tarfile.TarFile, members: dict[str, tarfile.TarInfo], name: str) -> BinaryIO:
+    """A member opened by name; where it would be extracted to is never looked at."""
+    if name not in members:
+        raise CheckpointError(f"{path}: no {name!r} in the archive; it holds {sorted(members)[:20]}")
+    return archive.extractfile(members[name])
+
+
+def _small(path: Path, archive: tarfile.TarFile, members: dict[str, tarfile.TarInfo], name: str) -> bytes:
+    with _member(path, archive, members, name) as stream:
+        content = stream.read(SMALL_MEMBER_BYTES + 1)
+    if len(content) > SMALL_MEMBER_BYTES:
+        raise CheckpointError(f"{path}: {name} has {members[name].size} bytes, expected at most {SMALL_MEMBER_BYTES}")
+    return content
+
+
+def _config(path: Path, content: bytes) -> dict:
+    try:
+        config = yaml.safe_load(content)
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
+        raise CheckpointError(f"{path}: {CONFIG} is not readable YAML ({error})") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path}: {CONFIG}: expected a mapping, found {type(config).__name__}")
+    return config
+
+
+def _at(config: dict, dotted: str, default: Any = None) -> Any:
+    """Value under a dotted path; `default` where it, or a section on the way, is absent or null."""
+    for key in dotted.split("."):
+        config = config.get(key) if isinstance(config, dict) else None
+    return default if config is None else config
+
+
+IMPLEMENTED = {  # option -> values that are implemented; the first is also what its absence means
+    "tokenizer.type": ("bpe",),
+    "preprocessor.normalize": ("per_feature",),
+    "preprocessor.window": ("hann",),
+    "preprocessor.log": (True,),
+    "preprocessor.log_zero_guard_type": ("add",),
+    "preprocessor.mag_power": (2.0,),
+    "preprocessor.frame_splicing": (1,),
+    "preprocessor.exact_pad": (False,),
+    "preprocessor.lowfreq": (0,),
+    "preprocessor.mel_norm": ("slaney",),
+    "encoder.subsampling": ("dw_striding",),
+    "encoder.causal_downsampling": (False,),
+    "encoder.reduction": ("none",),
+    "encoder.self_attention_model": ("rel_pos",),
+    "encoder.untie_biases": (True,),
+    "encoder.conv_norm_type": ("batch_norm",),
+    "encoder.conv_context_size": ("symmetric",),
+    "encoder.feat_out": (-1,),
+}
+
+
+def _refuse(path: Path, config: dict) -> None:
+    """Raise one CheckpointError that names every option whose value is not implemented."""
+    refused = []
+    for option, values in IMPLEMENTED.items():
+        value = _at(config, option, values[0])
+        if value not in values:
+            refused.append(f"{option} {value!r} (expected {values[0]!r})")
+    context = _at(config, "encoder.att_context_size", [-1, -1])
+    flat = [size for sizes in context for size in (sizes if isinstance(sizes, list) else [sizes])]
+    if any(size != -1 for size in flat):
+        refused.append(f"encoder.att_context_size {context!r} (expected [-1, -1], unlimited)")
+    for section in ("encoder", "preprocessor", "tokenizer"):
+        if not isinstance(config.get(section), dict):
+            refused.append(f"no {section} section (expected a CTC model over SentencePiece pieces)")
+    if refused:
+        raise CheckpointError(f"{path}: {CONFIG}: not implemented: {'; '.join(refused)}")
+
+
+def _weights(path: Path, archive: tarfile.TarFile, members: dict, hybrid: bool) -> dict[str, Tensor]:
+    """All weights under our names."""
+    with _member(path, archive, members, WEIGHTS) as stream:
+        try:
+            found = torch.load(stream, map_location="cpu", weights_only=True)
+        except (RuntimeError, pickle.UnpicklingError, ValueError, KeyError, EOFError) as error:
+            raise CheckpointError(f"{path}: {WEIGHTS} is not a file of tensors alone ({error})") from error
+    if not isinstance(found, dict) or not all(isinstance(tensor, Tensor) for tensor in found.values()):
+        raise CheckpointError(f"{path}: {WEIGHTS}: expected a mapping of names to tensors")
+    dropped = f"{DROPPED}|{DROPPED_IN_HYBRIDS}" if hybrid else DROPPED
+    return {_our_name(str(name)): tensor for name, tensor in found.items() if not re.search(dropped, str(name))}
+
+
+def _our_name(name: str) -> str:
+    for pattern, replacement in RENAMES:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def _model_config(path: Path, config: dict, shapes: dict[str, tuple[int, ...]]) -> ModelConfig:
+    """From the YAML where it says, and from the tensors where NeMo leaves an option out or derives it."""
+    where = f"{path}: {CONFIG}"
+    encoder = dict(config["encoder"])
+    head, depthwise = shapes.get("ctc_head.weight", ()), shapes.get("encoder.layers.0.conv.depthwise_conv.weight", ())
+    feed_forward = shapes.get("encoder.layers.0.feed_forward1.linear1.weight", ())
+    if len(head) != 3 or len(depthwise) != 3 or len(feed_forward) != 2:
+        raise CheckpointError(
+            f"{path}: {WEIGHTS}: expected a FastConformer encoder with a CTC head, found {len(shapes)} tensors without"
+        )
+    if encoder.get("n_layers") != layer_count(shapes):
+        raise CheckpointError(f"{where}: says {encoder.get('n_layers')} layers, the weights hold {layer_count(shapes)}")
+    encoder["d_ff"], encoder["kernel"] = feed_forward[0], depthwise[-1]
+    encoder["attention_bias"] = "encoder.layers.0.feed_forward1.linear1.bias" in shapes
+    encoder["convolution_bias"] = "encoder.layers.0.conv.depthwise_conv.bias" in shapes
+    if encoder.get("subsampling_conv_channels") == -1:  # NeMo: as wide as the model
+        encoder["subsampling_conv_channels"] = encoder["d_model"]
+    encoder.setdefault("xscaling", True)
+    names = {
+        "d_model": "d_model", "n_layers": "n_layers", "n_heads": "n_heads", "d_ff": "d_ff", "conv_kernel": "kernel",
+        "n_mels": "feat_in", "subsampling_factor": "subsampling_factor",
+        "subsampling_channels": "subsampling_conv_channels", "attention_bias": "attention_bias", "convolution_bias": "convolution_bias", "scale_input": "xscaling",
+        "dropout": "dropout_pre_encoder", "dropout_positions": "dropout_emb", "activation_dropout": "dropout",
+        "attention_dropout": "dropout_att", "layerdrop": "stochastic_depth_drop_prob",
+    }  # fmt: skip
+    return ModelConfig(
+        encoder=typed_dataclass(EncoderConfig, encoder, names, where),
+        frontend=_frontend_config(config["preprocessor"], where),
+        vocab_size=head[0],
+        blank_id=head[0] - 1,  # NeMo appends the blank to the pieces
+    )
+
+
+def _frontend_config(preprocessor: dict, where: str) -> FrontendConfig:
+    found = dict(preprocessor)
+    rate = found.get("sample_rate", FrontendConfig.sample_rate_hz)
+    try:
+        found["win_length"] = round(found.get("window_size", 0.025) * rate)  # seconds -> samples
+        found["hop_length"] = round(found.get("window_stride", 0.01) * rate)
+        if found.get("n_fft") is None:  # NeMo: the next power of two
+            found["n_fft"] = 2 ** math.ceil(math.log2(found["win_length"]))
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{where}: the preprocessor's rate and window are not positive numbers ({error})"
+        ) from error
+    if found.get("highfreq") not in (None, 0, rate / 2):
+        raise CheckpointError(
+            f"{where}: not implemented: preprocessor.highfreq {found['highfreq']!r} (expected {rate / 2})"
+        )
+    names = {
+        "sample_rate_hz": "sample_rate", "n_mels": "features", "n_fft": "n_fft", "win_length": "win_length",
+        "hop_length": "hop_length", "preemphasis": "preemph",
+    }  # fmt: skip
+    return typed_dataclass(FrontendConfig, found, names, where)
+
+
+def _drain(tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Hand the weights over one by one, so that a converted copy replaces its original."""
+    while tensors:
+        yield tensors.popitem()
+
+
+def _digest(path: Path) -> str:
+    with tarfile.open(path, "r:*") as archive:
+        members = {Path(member.name).name: member for member in archive.getmembers()}
+        with archive.extractfile(members[WEIGHTS]) as stream:
+            return sha256_of(stream)

@@ -1,0 +1,149 @@
+"""The steps composed: audio in, transcripts out, in this process. The Python API; knows nothing of Ray or storage."""
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from parakeet_core.audio import load_audio
+from parakeet_core.checkpoint import Checkpoint, load_checkpoint
+from parakeet_core.decoding import Tokens, Word, group_words
+from parakeet_core.engine import Engine
+from parakeet_core.errors import ErrorKind, InputError
+
+AudioItem = str | os.PathLike | bytes | np.ndarray | Tensor
+WINDOW_AUDIO_S = (
+    1800.0  # seconds decoded before the model runs: 58 MB of features, enough to form batches of like length
+)
+
+
+@dataclass(frozen=True)
+class Transcript:
+    """What one item says, or why that is not known.
+
+    Attributes:
+        text: "" where nothing was said, or where `error` is set.
+        token_ids: collapsed, without blanks.
+        words: with times in seconds from the item's start.
+        confidence: mean over tokens of the posterior, in [0, 1]; None without tokens.
+        duration_s: of the audio; None where it could not be decoded.
+        blank_ratio: share of encoder frames without a token.
+        error: set instead of a text.
+    """
+
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    words: list[Word] = field(default_factory=list)
+    confidence: float | None = None
+    duration_s: float | None = None
+    blank_ratio: float | None = None
+    error: InputError | None = None
+
+
+class Transcriber:
+    """A loaded checkpoint that transcribes audio.
+
+    transcriber = Transcriber.load("nvidia-parakeet-ctc-0.6b/", device="cpu", dtype="bfloat16")
+    for transcript in transcriber.transcribe(["a.flac", "b.mp3"]):
+        print(transcript.text)
+    """
+
+    def __init__(self, checkpoint: Checkpoint):
+        self.checkpoint = checkpoint
+        self.engine = Engine(checkpoint)
+
+    @classmethod
+    def load(
+        cls, path: str | Path, device: str | torch.device = "cpu", dtype: str | torch.dtype = "float32"
+    ) -> "Transcriber":
+        """Load a checkpoint directory or .nemo file; see `load_checkpoint`. Raises CheckpointError."""
+        return cls(load_checkpoint(path, dtype=dtype, device=device))
+
+    def transcribe(self, items: Iterable[AudioItem], batch_audio_s: float | None = None) -> list[Transcript]:
+        """Transcripts of `items`, in their order.
+
+        Args:
+            items: paths, encoded audio as bytes, or mono waveforms [S] at the model's rate (float in [-1, 1], or
+                integer at the full scale of its type).
+            batch_audio_s: seconds of padded audio that go through the model at once; by default what suits the device.
+
+        Returns:
+            One transcript per item; an item that cannot be decoded has its `error` set, the others are not affected.
+        """
+        return list(self.transcribe_stream(items, batch_audio_s))
+
+    def transcribe_stream(self, items: Iterable[AudioItem], batch_audio_s: float | None = None) -> Iterator[Transcript]:
+        """As `transcribe`, yielding in order after every WINDOW_AUDIO_S of audio, so that memory does not grow."""
+        decoded: list[tuple[Tensor | InputError, float]] = []  # features or error, seconds
+        waiting_s = 0.0
+        for item in items:
+            decoded.append(self._prepare(item))
+            waiting_s += decoded[-1][1]
+            if waiting_s >= WINDOW_AUDIO_S:
+                yield from self._recognise(decoded, batch_audio_s)
+                decoded, waiting_s = [], 0.0
+        yield from self._recognise(decoded, batch_audio_s)
+
+    def _prepare(self, item: AudioItem) -> tuple[Tensor | InputError, float]:
+        try:
+            waveform, duration_s = self._waveform(item)
+        except InputError as error:
+            return error, 0.0
+        features, _ = self.checkpoint.frontend([waveform])
+        return features[0], duration_s
+
+    def _waveform(self, item: AudioItem) -> tuple[np.ndarray, float]:
+        rate_hz = self.checkpoint.config.frontend.sample_rate_hz
+        if isinstance(item, np.ndarray | Tensor):
+            waveform = as_waveform(np.asarray(item))
+            return waveform, len(waveform) / rate_hz
+        audio = load_audio(item, rate_hz)
+        return audio.waveform, audio.duration_s
+
+    def _recognise(
+        self, decoded: Sequence[tuple[Tensor | InputError, float]], batch_audio_s: float | None
+    ) -> Iterator[Transcript]:
+        features = [tensor for tensor, _ in decoded if isinstance(tensor, Tensor)]
+        budget = None if batch_audio_s is None else batch_audio_s / self.checkpoint.config.frontend.frame_s
+        tokens = iter(self.engine.recognise(features, budget))
+        for prepared, duration_s in decoded:
+            if isinstance(prepared, InputError):
+                yield Transcript(error=prepared)
+            else:
+                yield build_transcript(self.checkpoint, next(tokens), duration_s)
+
+
+def build_transcript(checkpoint: Checkpoint, tokens: Tokens, duration_s: float) -> Transcript:
+    """Text, words and confidence of one item's tokens."""
+    ids = tokens.ids.tolist()
+    return Transcript(
+        text=checkpoint.tokenizer.decode(ids),
+        token_ids=ids,
+        words=group_words(tokens, checkpoint.tokenizer, checkpoint.config.encoder_frame_s),
+        confidence=float(tokens.scores.mean()) if ids else None,
+        duration_s=duration_s,
+        blank_ratio=tokens.blank_ratio,
+    )
+
+
+def as_waveform(samples: np.ndarray) -> np.ndarray:
+    """Mono float32 in [-1, 1] from an array of samples: [S] -> [S].
+
+    Raises:
+        InputError: more than one dimension, or samples that are not finite.
+    """
+    if samples.ndim != 1:
+        raise InputError(
+            ErrorKind.BAD_RECORD,
+            f"array of shape {samples.shape}: expected one dimension of mono samples; mix the channels first",
+        )
+    if np.issubdtype(samples.dtype, np.signedinteger):
+        return samples.astype(np.float32) / -float(np.iinfo(samples.dtype).min)
+    waveform = samples.astype(np.float32, copy=False)
+    if not np.isfinite(waveform).all():
+        raise InputError(ErrorKind.NON_FINITE, "array holds NaN or infinity; expected finite samples in [-1, 1]")
+    return waveform
