@@ -1,0 +1,71 @@
+"""GET over http(s) that never talks to a private address, whatever a name resolves to and wherever a redirect points.
+
+Knows nothing of manifests. The peer's address is checked on the connected socket, before a byte is sent: a name that
+resolves to another address the second time (DNS rebinding) gains nothing.
+"""
+
+import http.client
+import ssl
+import urllib.error
+import urllib.request
+
+from jobs.source_rules import check_host, is_public
+from jobs.storage import CONNECT_TIMEOUT_S, scrub
+from parakeet_core.errors import ErrorKind, InputError
+
+MAX_BODY_BYTES = 2 << 30  # held in memory; more than any single recording should be
+HTTP_TIMEOUT_S = max(30, CONNECT_TIMEOUT_S)
+
+
+class _PublicPeer:
+    """Mixin for http.client connections: refuses a private peer once connected."""
+
+    def connect(self) -> None:
+        super().connect()
+        address = self.sock.getpeername()[0]
+        if not is_public(address):
+            self.close()
+            raise InputError(ErrorKind.BAD_RECORD, f"the host {self.host} is at the private address {address}; refused")
+
+
+class _HTTPConnection(_PublicPeer, http.client.HTTPConnection):
+    pass
+
+
+class _HTTPSConnection(_PublicPeer, http.client.HTTPSConnection):
+    pass
+
+
+class _HTTPHandler(urllib.request.HTTPHandler):
+    def http_open(self, request):
+        return self.do_open(_HTTPConnection, request)
+
+
+class _HTTPSHandler(urllib.request.HTTPSHandler):
+    def https_open(self, request):
+        return self.do_open(_HTTPSConnection, request, context=ssl.create_default_context())
+
+
+def fetch_http(url: str) -> bytes:
+    """The body of `url`.
+
+    Raises:
+        InputError: BAD_RECORD (private address), MISSING_OBJECT, FORBIDDEN, STORAGE or TOO_LONG.
+    """
+    check_host(url)
+    # No proxy: behind one, the peer would be the proxy and the check would see nothing.
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), _HTTPHandler, _HTTPSHandler)
+    try:
+        with opener.open(url, timeout=HTTP_TIMEOUT_S) as response:
+            body = response.read(MAX_BODY_BYTES + 1)
+    except urllib.error.HTTPError as error:
+        kinds = {401: ErrorKind.FORBIDDEN, 403: ErrorKind.FORBIDDEN, 404: ErrorKind.MISSING_OBJECT}
+        kind = kinds.get(error.code, ErrorKind.STORAGE)
+        raise InputError(kind, f"{scrub(url)}: the server answers {error.code}") from error
+    except (OSError, http.client.HTTPException) as error:  # URLError and timeouts are OSErrors
+        raise InputError(ErrorKind.STORAGE, f"{scrub(url)}: {scrub(str(error))[:200]}") from error
+    if len(body) > MAX_BODY_BYTES:
+        raise InputError(
+            ErrorKind.TOO_LONG, f"{scrub(url)}: the body is over {MAX_BODY_BYTES} bytes; copy it to a store"
+        )
+    return body

@@ -1,0 +1,234 @@
+"""Plans on storage: immutable generations under `plan/`, committed by their small JSON file, which is written last.
+
+    plan/plan-0000-1f2e3d4c-00000.parquet   rows of 256 shards, one row group per shard
+    plan/plan-0000-1f2e3d4c-shards.parquet  one row per shard: what the driver reads
+    plan/plan-0000.json                     the commit point: counts, fingerprint, names of the files above
+
+The names hold the plan's fingerprint, so two drivers that plan at once cannot mix their files; the JSON file decides.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from jobs.plan_rows import PLAN_SCHEMA, digest_strings
+from jobs.planning import BUCKET_ROWS, SHARDS_PER_FILE, Plan, read_spill
+from jobs.storage import Storage
+from parakeet_core.errors import ConfigError
+
+FOLDER = "plan"
+PLAN_FORMAT = 1  # of the files described above
+SHARD_SCHEMA = pa.schema(
+    [
+        pa.field("shard", pa.string(), nullable=False),  # "0000-000012": generation and number
+        pa.field("plan_file", pa.string(), nullable=False),
+        pa.field("row_group", pa.int32(), nullable=False),
+        pa.field("rows", pa.int64(), nullable=False),
+        pa.field("items", pa.int64(), nullable=False),  # known items; tars count as 0 until they are read
+        pa.field("audio_s", pa.float64(), nullable=False),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What `plan-{g}.json` says."""
+
+    generation: int
+    fingerprint: str
+    shards: int
+    rows: int
+    items: int
+    exact: bool
+    audio_s: float
+    rejected: int
+    duplicates: int
+    shard_audio_s: float
+    shards_file: str
+    files: tuple[str, ...]
+    options: dict
+
+
+def shard_name(generation: int, index: int) -> str:
+    return f"{generation:04d}-{index:06d}"
+
+
+def list_generations(storage: Storage) -> list[Generation]:
+    """The committed generations, in order.
+
+    Raises:
+        ConfigError: a generation is missing, or written by another version.
+    """
+    names = [name for name in storage.list_names(FOLDER) if name.endswith(".json")]
+    found = [_read_generation(storage, name) for name in names]
+    found.sort(key=lambda generation: generation.generation)
+    if [generation.generation for generation in found] != list(range(len(found))):
+        raise ConfigError(f"{storage.url}/{FOLDER}: found {names}; expected generations from 0 without a gap")
+    return found
+
+
+def _read_generation(storage: Storage, name: str) -> Generation:
+    try:
+        record = json.loads(storage.read_bytes(f"{FOLDER}/{name}"))
+        version = record.pop("plan_format")
+        if version != PLAN_FORMAT:
+            raise ConfigError(f"{storage.url}/{FOLDER}/{name}: plan format {version}, expected {PLAN_FORMAT}")
+        return Generation(**record | {"files": tuple(record["files"])})
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{storage.url}/{FOLDER}/{name}: not a plan of this program ({error})") from error
+
+
+def read_plan(storage: Storage) -> pa.Table:
+    """All shards of all generations, `SHARD_SCHEMA`, longest first within a generation; empty if there is no plan."""
+    tables = [
+        pq.read_table(pa.BufferReader(storage.read_bytes(f"{FOLDER}/{generation.shards_file}")), schema=SHARD_SCHEMA)
+        for generation in list_generations(storage)
+    ]
+    return pa.concat_tables(tables) if tables else SHARD_SCHEMA.empty_table()
+
+
+def read_shard(storage: Storage, plan_file: str, row_group: int) -> pa.Table:
+    """The rows of one shard, `PLAN_SCHEMA`, in reading order."""
+    with storage.open(f"{FOLDER}/{plan_file}") as file:
+        return pq.ParquetFile(file).read_row_group(row_group).cast(PLAN_SCHEMA)
+
+
+def planned_digests(storage: Storage) -> np.ndarray:
+    """Digests of the ids in all committed generations, uint64 [P, 2]; 16 bytes per item in memory."""
+    digests = [np.empty((0, 2), np.uint64)]
+    for generation in list_generations(storage):
+        for name in generation.files:
+            with storage.open(f"{FOLDER}/{name}") as file:
+                for batch in pq.ParquetFile(file).iter_batches(1 << 16, columns=["id"]):
+                    digests.append(digest_strings(batch["id"]))
+    return np.concatenate(digests)
+
+
+def write_plan(storage: Storage, plan: Plan, options: dict | None = None) -> Generation:
+    """Store a plan as its generation. Stopped before its last write, it leaves no generation behind.
+
+    Args:
+        options: what the plan depends on besides the input, kept beside it as JSON.
+
+    Returns:
+        The generation that is committed: another driver's, if one was faster.
+
+    Raises:
+        ConfigError: the plan has no shards.
+    """
+    if not plan.shards:
+        raise ConfigError("the plan has no shards: nothing in the input is new")
+    stem = f"plan-{plan.generation:04d}-{plan.fingerprint[:8]}"
+    files = []
+    for chunk, data in plan_files(plan):
+        files.append(f"{stem}-{chunk:05d}.parquet")
+        storage.write_atomic(f"{FOLDER}/{files[-1]}", data)
+    shards_file = f"{stem}-shards.parquet"
+    storage.write_atomic(f"{FOLDER}/{shards_file}", _parquet_bytes(shard_table(plan, files)))
+    generation = Generation(
+        generation=plan.generation,
+        fingerprint=plan.fingerprint,
+        shards=plan.shards,
+        rows=int(plan.shard_rows.sum()),
+        items=plan.items,
+        exact=plan.exact,
+        audio_s=plan.audio_s,
+        rejected=plan.rejected,
+        duplicates=plan.duplicates,
+        shard_audio_s=plan.shard_audio_s,
+        shards_file=shards_file,
+        files=tuple(files),
+        options=options or {},
+    )
+    name = f"{FOLDER}/plan-{plan.generation:04d}.json"
+    record = {"plan_format": PLAN_FORMAT, **vars(generation)}
+    storage.write_atomic(name, json.dumps(record, indent=1, sort_keys=True).encode(), exclusive=True)
+    return _read_generation(
+        storage, name.removeprefix(f"{FOLDER}/")
+    )  # not every server honours `exclusive`: what holds?
+
+
+def shard_table(plan: Plan, files: list[str]) -> pa.Table:
+    """One row per shard of a plan whose rows are in `files`."""
+    index = np.arange(plan.shards)
+    columns = {
+        "shard": [shard_name(plan.generation, number) for number in index],
+        "plan_file": [files[number // SHARDS_PER_FILE] for number in index],
+        "row_group": index % SHARDS_PER_FILE,
+        "rows": plan.shard_rows,
+        "items": plan.shard_items,
+        "audio_s": plan.shard_audio,
+    }
+    return pa.table([pa.array(columns[f.name], f.type) for f in SHARD_SCHEMA], schema=SHARD_SCHEMA)
+
+
+def plan_files(plan: Plan) -> Iterator[tuple[int, bytes]]:
+    """(number, content) of each plan file: the spilled rows, gathered by shard, in reading order."""
+    bucket_of_file = _buckets(plan)
+    folder = f"{plan.spill.name}/buckets"
+    _distribute(plan, bucket_of_file, folder)
+    for bucket in np.unique(bucket_of_file).tolist():
+        with pa.OSFile(f"{folder}-{bucket}.arrow") as file:
+            table = pa.ipc.open_stream(file).read_all()
+        keys = [(name, "ascending") for name in ("shard", "source", "offset_s", "channel", "id")]
+        order = pc.sort_indices(table, sort_keys=keys)
+        shards = table["shard"].to_numpy()[order.to_numpy()]
+        for number in np.flatnonzero(bucket_of_file == bucket):
+            first, last = number * SHARDS_PER_FILE, min((number + 1) * SHARDS_PER_FILE, plan.shards)
+            edges = np.searchsorted(shards, np.arange(first, last + 1))
+            rows = table.take(order[int(edges[0]) : int(edges[-1])]).drop_columns(["shard"])
+            yield int(number), _parquet_bytes(rows, edges - edges[0])
+
+
+def _buckets(plan: Plan) -> np.ndarray:
+    """Bucket of each plan file: consecutive files, together about `BUCKET_ROWS` rows."""
+    rows = np.add.reduceat(plan.shard_rows, np.arange(0, plan.shards, SHARDS_PER_FILE))
+    return (np.cumsum(rows) - rows) // BUCKET_ROWS
+
+
+def _distribute(plan: Plan, bucket_of_file: np.ndarray, folder: str) -> None:
+    """Copy the spilled rows of this generation, with final ids and seconds, to one Arrow file per bucket."""
+    schema = PLAN_SCHEMA.append(pa.field("shard", pa.int32()))
+    writers: dict[int, tuple[pa.OSFile, pa.ipc.RecordBatchStreamWriter]] = {}
+    for bucket in np.unique(bucket_of_file).tolist():
+        file = pa.OSFile(f"{folder}-{bucket}.arrow", "wb")
+        writers[bucket] = file, pa.ipc.new_stream(file, schema, options=pa.ipc.IpcWriteOptions(compression="lz4"))
+    for first, batch in read_spill(plan.spill.name):
+        shard = plan.shard_of[first : first + len(batch)]
+        ids = plan.renamed.apply(first, batch["id"])
+        estimate = pa.array(plan.facts.audio_s[first : first + len(batch)].astype(np.float64))
+        seconds = pc.coalesce(batch["audio_s"], estimate)
+        batch = batch.set_column(0, PLAN_SCHEMA.field(0), ids)
+        batch = batch.set_column(PLAN_SCHEMA.get_field_index("audio_s"), PLAN_SCHEMA.field("audio_s"), seconds)
+        table = pa.Table.from_batches([batch]).append_column(schema.field("shard"), pa.array(shard))
+        bucket = np.where(shard < 0, -1, bucket_of_file[shard // SHARDS_PER_FILE])
+        order = np.argsort(bucket, kind="stable")
+        values, starts = np.unique(bucket[order], return_index=True)
+        for value, rows in zip(values.tolist(), np.split(order, starts[1:]), strict=True):
+            if value >= 0:
+                writers[value][1].write_table(table.take(pa.array(rows)))
+    for file, writer in writers.values():
+        writer.close()
+        file.close()
+
+
+def _parquet_bytes(table: pa.Table, edges: np.ndarray | None = None) -> bytes:
+    """Parquet with one row group per range between `edges`. Statistics would only make the footer larger."""
+    sink = pa.BufferOutputStream()
+    options = {
+        "compression": "zstd",
+        "write_statistics": False,
+        "use_dictionary": ["layout", "error_kind", "plan_file"],
+    }
+    with pq.ParquetWriter(sink, table.schema, **options) as writer:
+        for start, stop in zip(edges[:-1], edges[1:], strict=True) if edges is not None else [(0, len(table))]:
+            writer.write_table(table.slice(int(start), int(stop - start)), row_group_size=max(1, int(stop - start)))
+    return sink.getvalue().to_pybytes()
+
+
+__all__ = ["SHARD_SCHEMA", "Generation", "list_generations", "planned_digests", "read_plan", "read_shard", "write_plan"]
