@@ -29,7 +29,8 @@ def valid_frames(lens: Tensor, frames: int) -> Tensor:
 def relative_positions(frames: int, d_model: int, device: torch.device | None = None) -> Tensor:
     """Sinusoids of the distances U-1 .. -(U-1), sine and cosine interleaved: [P, D] float32."""
     distances = torch.arange(frames - 1, -frames, -1, device=device, dtype=torch.float32)
-    rates = POSITION_BASE ** (-torch.arange(0, d_model, 2, device=device, dtype=torch.float32) / d_model)
+    # As the reference rounds them: at distance 5000 another form of the same formula differs by 5e-4.
+    rates = 1.0 / POSITION_BASE ** (torch.arange(0, d_model, 2, device=device, dtype=torch.float32) / d_model)
     angles = distances[:, None] * rates
     return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(-2)
 
@@ -43,9 +44,9 @@ def shift_relative(scores: Tensor) -> Tensor:
     Returns:
         [B, H, U, U], sharing memory with `scores`; no element of it appears twice.
     """
-    batch, heads, frames, positions = scores.shape
-    strides = (heads * frames * positions, frames * positions, positions - 1, 1)
-    return scores.as_strided((batch, heads, frames, frames), strides, scores.storage_offset() + frames - 1)
+    frames = scores.shape[-2]
+    # From column U-1 of row 0 on, each row begins P-1 numbers after the one before: one column to its left.
+    return scores.flatten(-2)[..., frames - 1 :].unfold(-1, frames, max(scores.shape[-1] - 1, 1))
 
 
 class Subsampling(nn.Module):
@@ -179,6 +180,8 @@ class Encoder(nn.Module):
             finite and meaningless.
         """
         config = self.config
+        if features.shape[1] == 0:  # a batch of empty items; convolutions refuse it
+            return features.new_zeros(features.shape[0], 0, config.d_model), lens
         features = features * valid_frames(lens, features.shape[1])[:, :, None]
         states, lens = self.subsampling(features, lens)
         if config.scale_input:
@@ -188,7 +191,10 @@ class Encoder(nn.Module):
         positions = F.dropout(positions, config.dropout_positions, self.training)
         valid = valid_frames(lens, states.shape[1])
         for layer in self.layers:
-            if self.training and config.layerdrop > 0 and torch.rand(()).item() < config.layerdrop:
-                continue
-            states = layer(states, positions, valid)
+            after = layer(states, positions, valid)
+            if self.training and config.layerdrop > 0:
+                # A choice of tensors, not of paths: no graph break, and every parameter has a gradient in every step.
+                kept = torch.rand((), device=states.device) >= config.layerdrop
+                after = torch.where(kept, after, states)
+            states = after
         return states, lens

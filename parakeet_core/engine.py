@@ -105,7 +105,7 @@ class Engine:
         for row, piece in zip(padded, members, strict=True):
             row[: piece.end - piece.start] = features[piece.item][piece.start : piece.end]
         lens = torch.tensor([piece.end - piece.start for piece in members])
-        logits, out_lens = self.model(padded.to(self.device), lens.to(self.device))
+        logits, out_lens = self.model(padded.to(self.device), lens.to(self.device), bool((lens < frames).any()))
         return score_frames(logits, out_lens, self.config.blank_id)
 
     def _collapse(self, parts: list[list[tuple[int, Tensor, Tensor]]]) -> list[Tokens]:

@@ -55,18 +55,23 @@ class InferenceModel(nn.Module):
         self.eval()
 
     @torch.no_grad()
-    def forward(self, features: Tensor, lens: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, features: Tensor, lens: Tensor, padded: bool | None = None) -> tuple[Tensor, Tensor]:
         """Logits of a padded batch.
 
         Args:
             features: [B, T, M] in the model's dtype.
             lens: [B] integer, valid feature frames.
+            padded: whether any item is shorter than T. Given, the device is never waited for and the forward has no
+                graph break; else it is found from `lens`.
 
         Returns:
             logits [B, U, V] and their lens [B], U = ceil(T / subsampling factor).
         """
         out_lens = self.config.encoder.subsample(lens)
-        padded = bool((lens < features.shape[1]).any())  # the one synchronisation with the device
+        if features.shape[1] == 0:  # a batch of empty items
+            return features.new_zeros(features.shape[0], 0, self.config.vocab_size), out_lens
+        if padded is None:
+            padded = bool((lens < features.shape[1]).any())
         states = self.subsampling(features, lens if padded else None)
         valid = valid_frames(out_lens, states.shape[1]) if padded else None
         for layer in self.layers:
