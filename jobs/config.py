@@ -1,0 +1,124 @@
+"""The options of the transcription job: one dataclass, checked when it is built, and the command line from it."""
+
+import dataclasses
+import os
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import tyro
+
+from jobs.inputs import InputOptions
+from jobs.planning import PlanOptions
+from jobs.storage import StorageOptions
+from parakeet_core.errors import ConfigError
+
+PoolSize = tuple[int, int]  # fewest and most actors
+
+
+def _parse_pool(text: list[str]) -> PoolSize:
+    parts = text[0].split(":")
+    low, high = parts[0], parts[-1]
+    if len(parts) > 2 or not (low.isdigit() and high.isdigit()):
+        raise ValueError(f"{text[0]!r}: expected MIN:MAX or N actors")
+    return int(low), int(high)
+
+
+PoolOption = Annotated[
+    PoolSize,
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="MIN:MAX",
+        instance_from_str=_parse_pool,
+        is_instance=lambda value: isinstance(value, tuple) and len(value) == 2,
+        str_from_instance=lambda value: [f"{value[0]}:{value[1]}"],
+    ),
+]
+
+
+@dataclass(frozen=True)
+class TranscribeConfig:
+    """Transcribe audio in object storage into one Parquet table."""
+
+    input: str
+    """Folder, glob, JSONL manifest, WebDataset tars or Parquet files: a path or URL (s3://bucket/prefix)."""
+    output: str
+    """Folder for the table (OUTPUT/transcripts/) and everything about it: a path or URL."""
+    model: str
+    """Checkpoint: a Hugging Face directory or .nemo file (path or URL), or a Hugging Face model id."""
+    format: Literal["auto", "files", "manifest", "webdataset", "parquet"] = "auto"
+    """Layout of the input; auto decides from the listing."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: cuda if the cluster has a GPU now. On a cluster that starts without GPU nodes, say cuda."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of the model; auto: bfloat16 on cuda, float32 on the CPU."""
+    dry_run: bool = False
+    """Only list the input, read headers and say what the job would be. Writes nothing."""
+    max_error_rate: float = 0.01
+    """Share of items that may end as error rows before the job exits with 3."""
+    shard_audio_s: float | None = None
+    """Seconds of audio per shard, the unit of commit; default a 64th of the input, between 120 and 1800."""
+    feature_actors: PoolOption | None = None
+    """CPU actors that read, decode and compute features; default from the cluster's CPUs."""
+    model_actors: PoolOption | None = None
+    """Actors that run the model, one GPU each, or one CPU thread each; default from the cluster."""
+    s3_endpoint_url: str | None = None
+    """S3 endpoint other than AWS; default AWS_ENDPOINT_URL. Credentials come from the usual AWS variables only."""
+    s3_region: str | None = None
+    """Default AWS_REGION."""
+    s3_anonymous: bool = False
+    """Unsigned requests, for public buckets."""
+    allow_local_paths: bool = False
+    """Let a manifest in an object store name local files."""
+    allow_http: bool = False
+    """Let manifests name http(s) URLs of public hosts."""
+    ray_address: str | None = None
+    """Cluster to join; default RAY_ADDRESS (set by `ray job submit`), else a new local one."""
+    rtfx: float | None = None
+    """For --dry-run: expected seconds of audio per second and GPU."""
+    gpu_hour_price: float | None = None
+    """For --dry-run: price of one GPU hour, any currency."""
+
+    def __post_init__(self):
+        if not 0 <= self.max_error_rate <= 1:
+            raise ConfigError(f"--max-error-rate {self.max_error_rate}: expected a share from 0 to 1")
+        for name in ("feature_actors", "model_actors"):
+            pool = getattr(self, name)
+            if pool is not None and not 1 <= pool[0] <= pool[1]:
+                raise ConfigError(f"--{name.replace('_', '-')} {pool[0]}:{pool[1]}: expected 1 <= MIN <= MAX")
+        for name in ("rtfx", "gpu_hour_price"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ConfigError(f"--{name.replace('_', '-')} {value}: expected more than 0")
+        for name in ("input", "output", "model"):
+            if not getattr(self, name):
+                raise ConfigError(f"--{name} is empty")
+        self.planning(), self.reading()  # their own checks
+
+    def storage(self) -> StorageOptions:
+        """How to reach object stores, with the credentials of this process, so that workers need none of their own."""
+        return StorageOptions(
+            endpoint_url=self.s3_endpoint_url
+            or os.environ.get("AWS_ENDPOINT_URL_S3")
+            or os.environ.get("AWS_ENDPOINT_URL"),
+            region=self.s3_region or os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION"),
+            key=os.environ.get("AWS_ACCESS_KEY_ID"),
+            secret=os.environ.get("AWS_SECRET_ACCESS_KEY"),
+            token=os.environ.get("AWS_SESSION_TOKEN"),
+            anonymous=self.s3_anonymous,
+        )
+
+    def reading(self) -> InputOptions:
+        return InputOptions(
+            url=self.input,
+            format=self.format,
+            allow_local_paths=self.allow_local_paths,
+            allow_http=self.allow_http,
+            storage=self.storage(),
+        )
+
+    def planning(self) -> PlanOptions:
+        return PlanOptions(shard_audio_s=self.shard_audio_s, storage=self.storage())
+
+    def as_record(self) -> dict:
+        """The options as JSON-ready values, to be stored with the output. They hold no credential."""
+        return dataclasses.asdict(self)

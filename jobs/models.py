@@ -1,0 +1,150 @@
+"""Where a model comes from: a local path, a URL fetched once per node, or a Hugging Face id."""
+
+import fcntl
+import hashlib
+import math
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from jobs.storage import Storage, StorageOptions, scheme_of, storage_errors
+from parakeet_core.checkpoint import Checkpoint, load_checkpoint, read_source
+from parakeet_core.config import ModelConfig
+from parakeet_core.errors import CheckpointError, InputError
+from parakeet_core.tokenizer import Tokenizer
+
+HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
+CACHE_VARIABLE = "PARAKEET_CACHE"  # folder for fetched models; default ~/.cache/parakeet-batch
+CHECKPOINT_FILES = (".json", ".safetensors", ".model", ".nemo")  # what a checkpoint directory may need
+
+
+@dataclass(frozen=True)
+class ModelReference:
+    """A model as every worker can get it. Can be pickled.
+
+    Attributes:
+        name: as the user gave it.
+        digest: sha256 of its weights; a worker refuses anything else.
+        config, tokenizer: what the stages without weights need.
+        parameters: numbers that its weights hold.
+    """
+
+    name: str
+    digest: str
+    config: ModelConfig
+    tokenizer: Tokenizer
+    parameters: int
+    storage: StorageOptions
+
+    def load(self, dtype: str, device: str) -> Checkpoint:
+        """The checkpoint on this node, fetched if need be. Raises CheckpointError."""
+        checkpoint = load_checkpoint(local_model(self.name, self.storage), dtype=dtype, device=device)
+        if checkpoint.digest != self.digest:
+            raise CheckpointError(
+                f"{self.name}: the weights on this node have sha256 {checkpoint.digest}, "
+                f"the job began with {self.digest}; make the same checkpoint available to all nodes, best by a URL"
+            )
+        return checkpoint
+
+
+def resolve_model(name: str, storage: StorageOptions) -> ModelReference:
+    """Find a model, check that it is implemented, and take its digest.
+
+    Raises:
+        CheckpointError: not found, not readable, or not a model that is implemented.
+    """
+    source = read_source(local_model(name, storage))
+    parameters = sum(math.prod(shape) for shape in source.shapes.values())
+    return ModelReference(name, source.digest(), source.config, source.tokenizer, parameters, storage)
+
+
+def local_model(name: str, storage: StorageOptions) -> Path:
+    """A path on this node that holds the model.
+
+    Raises:
+        CheckpointError: it cannot be found or fetched.
+    """
+    if scheme_of(name) != "file":
+        try:
+            return _fetched(Storage(name, storage))
+        except InputError as error:
+            raise CheckpointError(f"model {name}: {error.message}") from error
+    path = Path(name.removeprefix("file://")).expanduser()
+    if path.exists():
+        return path.resolve()
+    if HUB_ID.match(name):
+        return _from_hub(name)
+    raise CheckpointError(f"model {name}: no such file or directory on this node; give a path, a URL or a model id")
+
+
+def cache_folder() -> Path:
+    return Path(os.environ.get(CACHE_VARIABLE, "~/.cache/parakeet-batch")).expanduser()
+
+
+def _fetched(source: Storage) -> Path:
+    """A copy in this node's cache; actors of one node wait for the one that fetches.
+
+    The copy's name holds the names and sizes of the source's files and what the store says of their content, so a model
+    that was replaced under the same URL is fetched again.
+    """
+    files = _remote_files(source)
+    key = hashlib.sha256(repr([source.url, files]).encode()).hexdigest()[:20]
+    folder = cache_folder() / key
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.parent / f"{key}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            partial = folder.parent / f"{key}.partial"
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+            for path, _, _ in files:
+                with storage_errors(source.url, source.options):
+                    source.fs.get_file(path, str(partial / path.rsplit("/", 1)[-1]))
+            partial.rename(folder)
+    return folder / files[0][0].rsplit("/", 1)[-1] if source.url.endswith(".nemo") else folder
+
+
+def _remote_files(source: Storage) -> list[tuple[str, int, str]]:
+    """(path, bytes, version) of the files of a remote checkpoint."""
+    with storage_errors(source.url, source.options):
+        if source.url.endswith(".nemo"):
+            entries = [source.fs.info(source.root)]
+        else:
+            entries = [entry for entry in source.fs.ls(source.root, detail=True) if entry["type"] == "file"]
+    entries = [entry for entry in entries if entry["name"].endswith(CHECKPOINT_FILES)]
+    if not entries:
+        raise CheckpointError(
+            f"model {source.url}: no checkpoint there; expected config.json and weights, or a .nemo file"
+        )
+    versions = ((e["name"], e["size"], str(e.get("ETag") or e.get("LastModified") or e.get("mtime"))) for e in entries)
+    return sorted(versions)
+
+
+def _from_hub(name: str) -> Path:
+    try:
+        import huggingface_hub
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    except ImportError as error:
+        raise CheckpointError(
+            f"model {name}: no such path; to fetch it as a Hugging Face model id: pip install 'parakeet-batch[hub]'"
+        ) from error
+    try:
+        patterns = [f"*{ending}" for ending in CHECKPOINT_FILES]
+        folder = huggingface_hub.snapshot_download(name, allow_patterns=patterns)
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        raise CheckpointError(
+            f"model {name}: no such path, and the Hugging Face hub does not give it ({type(error).__name__}); "
+            "check the id and the network, or download it once and give its path or URL"
+        ) from error
+    return _nemo_or_folder(Path(folder))
+
+
+def _nemo_or_folder(folder: Path) -> Path:
+    """The .nemo file of a repository that holds nothing else, as older ones do."""
+    archives = sorted(folder.glob("*.nemo"))
+    return archives[0] if archives and not (folder / "config.json").exists() else folder
+
+
+__all__ = ["ModelReference", "local_model", "resolve_model"]

@@ -1,0 +1,166 @@
+"""The Ray Data graph of the job, and how its actors share a cluster. The one file that builds it.
+
+todo shards -> PrepareShards (CPU actors) -> RecogniseShards (GPU, else CPU actors) -> CommitShards -> results
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pyarrow as pa
+import ray
+import ray.data
+
+from jobs.config import PoolSize, TranscribeConfig
+from jobs.models import ModelReference
+from jobs.stages import CommitShards, PrepareShards, RecogniseShards
+from jobs.storage import Storage, StorageOptions
+from parakeet_core.errors import ConfigError
+
+# Shares of a CPU that Ray accounts for. The commit actor and the actors of a GPU take none: they must find a place even
+# when feature actors hold every CPU. On a cluster without GPUs the shares let one feature actor and one model actor per
+# CPU start; the operating system divides the cores between them, and backpressure stops whichever is ahead.
+CPU_MODEL_SHARE = 0.6
+CPU_FEATURE_SHARE = 0.3
+GPU_FEATURE_SHARE = 1.0
+FEATURE_ACTORS_PER_MODEL = 4  # CPU: features take under a fifth of the model's time, so one feeds four model actors
+
+PROCESS_BYTES = 600 << 20  # a worker with torch, pyarrow and soundfile loaded; measured 450 MiB
+READ_AHEAD_BYTES = 256 << 20  # encoded bytes that a feature actor may hold (reading.ReadLimits)
+FEATURE_BYTES_PER_S = 80 * 100 * 4  # float32, 80 mel bins: the larger of the two feature types
+BLOCK_BYTES_LIMIT = 1 << 30  # above the largest shard's features, so that Ray does not count a shard as several blocks
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What the actors of a run ask Ray for.
+
+    Attributes:
+        device: "cpu" or "cuda".
+        feature_pool, model_pool: fewest and most actors.
+        feature_cpus, model_cpus: CPUs accounted to each actor.
+        feature_bytes, model_bytes: memory accounted to each actor.
+        model_threads: CPU threads of a model actor.
+    """
+
+    device: str
+    feature_pool: PoolSize
+    model_pool: PoolSize
+    feature_cpus: float
+    model_cpus: float
+    feature_bytes: int
+    model_bytes: int
+    model_threads: int
+
+
+def plan_resources(
+    config: TranscribeConfig,
+    device: str,
+    cluster: dict[str, float],
+    shards: int,
+    shard_audio_s: float,
+    weight_bytes: int,
+) -> Resources:
+    """Pools that fit the cluster as it is now; stated pool sizes are taken as they are, for clusters that grow.
+
+    Args:
+        device: "cpu" or "cuda".
+        cluster: `ray.cluster_resources()`.
+        shard_audio_s: of the longest.
+        shards: to do; more actors than shards would be idle.
+        weight_bytes: of the model in the dtype it runs in.
+
+    Raises:
+        ConfigError: the smallest pools do not fit the cluster's memory, or cuda was asked of a cluster without GPUs
+            while no size of the model pool says that it will grow.
+    """
+    cpus, gpus = max(int(cluster.get("CPU", 1)), 1), int(cluster.get("GPU", 0))
+    if device == "cuda" and not gpus and config.model_actors is None:
+        raise ConfigError(
+            "--device cuda, but the cluster has no GPU now; if it is to add GPU nodes, say how many: --model-actors 1:N"
+        )
+    models_wanted = gpus if device == "cuda" else cpus
+    model_pool = config.model_actors or (1, _at_most(models_wanted, shards))
+    features_wanted = cpus - 1 if device == "cuda" else -(-model_pool[1] // FEATURE_ACTORS_PER_MODEL)
+    feature_pool = config.feature_actors or (1, _at_most(features_wanted, shards))
+    resources = Resources(
+        device=device,
+        feature_pool=feature_pool,
+        model_pool=model_pool,
+        feature_cpus=GPU_FEATURE_SHARE if device == "cuda" else CPU_FEATURE_SHARE,
+        model_cpus=0 if device == "cuda" else CPU_MODEL_SHARE,
+        feature_bytes=PROCESS_BYTES + READ_AHEAD_BYTES + int(2 * shard_audio_s * FEATURE_BYTES_PER_S),
+        model_bytes=PROCESS_BYTES + 2 * weight_bytes,
+        model_threads=1,
+    )
+    _check_memory(resources, cluster)
+    return resources
+
+
+def _at_most(wanted: int, shards: int) -> int:
+    return max(1, min(wanted, shards))
+
+
+def _check_memory(resources: Resources, cluster: dict[str, float]) -> None:
+    asked = resources.feature_pool[0] * resources.feature_bytes + resources.model_pool[0] * resources.model_bytes
+    available = cluster.get("memory", 0)
+    if available and asked > available:
+        raise ConfigError(
+            f"the smallest pools need {asked / 2**30:.1f} GiB of memory, the cluster gives Ray "
+            f"{available / 2**30:.1f} GiB; use a smaller --shard-audio-s or fewer --feature-actors, or a larger node"
+        )
+
+
+def run_shards(
+    todo: pa.Table,
+    output: Storage,
+    storage: StorageOptions,
+    model: ModelReference,
+    dtype: str,
+    resources: Resources,
+    fingerprint: str,
+    provenance: dict[str, str],
+) -> Iterator[dict]:
+    """Transcribe and commit shards; yields one dict per committed shard, as they finish.
+
+    Args:
+        todo: rows of `plan_store.SHARD_SCHEMA`.
+        storage: how to reach the sources.
+    """
+    feature_dtype = "float32" if dtype == "float32" else "float16"
+    context = ray.data.DataContext.get_current().copy()
+    context.target_max_block_size = BLOCK_BYTES_LIMIT
+    tasks = [{name: row[name] for name in ("shard", "plan_file", "row_group")} for row in todo.to_pylist()]
+    with ray.data.DataContext.current(context):
+        dataset = (
+            ray.data.from_items(tasks, override_num_blocks=len(tasks))
+            .map_batches(
+                PrepareShards,
+                fn_constructor_args=(output, storage, model.config.frontend, feature_dtype),
+                **_pool(resources.feature_pool, resources.feature_cpus, resources.feature_bytes),
+            )
+            .map_batches(
+                RecogniseShards,
+                fn_constructor_args=(model, dtype, resources.device, feature_dtype, resources.model_threads),
+                num_gpus=1 if resources.device == "cuda" else 0,
+                **_pool(resources.model_pool, resources.model_cpus, resources.model_bytes),
+            )
+            .map_batches(
+                CommitShards,
+                fn_constructor_args=(output, model.tokenizer, model.config.encoder_frame_s, fingerprint, provenance),
+                **_pool((1, max(1, resources.model_pool[1] // 4)), 0, PROCESS_BYTES),
+            )
+        )
+        for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+            yield from batch.to_pylist()
+
+
+def _pool(size: PoolSize, cpus: float, memory: int) -> dict:
+    """Arguments of `map_batches` for a stage whose actors hold one shard at a time and have the next one waiting."""
+    return {
+        "batch_size": None,
+        "batch_format": "pyarrow",
+        "zero_copy_batch": True,
+        "num_cpus": cpus,
+        "memory": memory,
+        "compute": ray.data.ActorPoolStrategy(min_size=size[0], max_size=size[1], max_tasks_in_flight_per_actor=2),
+    }

@@ -1,0 +1,35 @@
+"""The dry run: `python -m jobs.plan`, or `python -m jobs.transcribe --dry-run`. Reads headers, writes nothing."""
+
+import sys
+from collections.abc import Sequence
+
+import tyro
+
+from jobs.config import TranscribeConfig
+from jobs.inputs import scan_input
+from jobs.planning import plan_shards
+from jobs.storage import scrub
+from parakeet_core.errors import ParakeetError
+
+EXIT_REFUSED = 2
+
+
+def dry_run(config: TranscribeConfig) -> int:
+    """Print what the job would be; returns the exit status. Raises ConfigError."""
+    scan = scan_input(config.reading())
+    with plan_shards(scan.batches(), config.planning()) as plan:
+        print(plan)
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    try:
+        return dry_run(tyro.cli(TranscribeConfig, args=arguments, prog="python -m jobs.plan"))
+    except ParakeetError as error:
+        print(f"error: {scrub(str(error))}", file=sys.stderr)
+        return EXIT_REFUSED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,41 @@
+"""Joining or starting Ray, quietly. Knows nothing of what is run on it."""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import ray
+import ray.data
+
+RAY_ADDRESS = "RAY_ADDRESS"  # set by `ray job submit` for the job's entry point
+
+
+@contextmanager
+def ray_session(address: str | None) -> Iterator[dict[str, float]]:
+    """Ray for the length of the block: the session that runs already, the cluster at `address`, or a new local one.
+
+    A local cluster that happens to run on this machine is not joined unless it is asked for.
+
+    Yields:
+        The cluster's resources as they are now.
+    """
+    started = not ray.is_initialized()
+    if started:
+        address = address or os.environ.get(RAY_ADDRESS) or "local"
+        local = {"include_dashboard": False} if address == "local" else {}
+        ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, **local)
+    quiet_ray_data()
+    try:
+        yield ray.cluster_resources()
+    finally:
+        if started:
+            ray.shutdown()
+
+
+def quiet_ray_data() -> None:
+    """No progress bars and no log lines below errors from Ray Data: the job prints its own."""
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)

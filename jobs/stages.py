@@ -1,0 +1,278 @@
+"""The three stages of the job, as Ray actors over core steps; the one place where an item's error becomes its row.
+
+    shard -> PrepareShards (read, decode, log-mel) -> RecogniseShards (model) -> CommitShards (text, part)
+
+Between stages a shard is one row of one block: its id and a payload, an Arrow IPC stream with a row per item. One row
+cannot be split, whatever the block size limits are, so a stage always holds a whole shard, and a part all of its rows.
+"""
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from jobs.models import ModelReference
+from jobs.parts import commit_part, part_name
+from jobs.plan_store import read_shard
+from jobs.reading import ReadItem, SourceFile, read_items
+from jobs.schema import TRANSCRIPT_SCHEMA, part_facts, part_metadata, round_words, word_error_rate
+from jobs.storage import Storage, StorageOptions
+from parakeet_core.audio import load_audio
+from parakeet_core.config import FrontendConfig
+from parakeet_core.decoding import Tokens, group_words
+from parakeet_core.engine import Engine
+from parakeet_core.errors import InputError
+from parakeet_core.features import LogMelFrontend
+from parakeet_core.tokenizer import Tokenizer
+
+SILENCE_DBFS = -120.0  # floor of the rms_dbfs column: below the noise of 16-bit audio, and finite
+CLIPPED_LEVEL = 0.999  # of full scale: one 16-bit step below it and above count as clipped
+
+ITEM_FIELDS = [
+    pa.field("id", pa.string()),
+    pa.field("source", pa.string()),
+    pa.field("member", pa.string()),
+    pa.field("offset_s", pa.float64()),
+    pa.field("duration_s", pa.float64()),
+    pa.field("channel", pa.int32()),
+    pa.field("reference", pa.string()),
+    pa.field("extra", pa.string()),
+    pa.field("sample_rate_hz", pa.int32()),
+    pa.field("rms_dbfs", pa.float32()),
+    pa.field("clipped_ratio", pa.float32()),
+    pa.field("error_kind", pa.string()),
+    pa.field("error_message", pa.string()),
+]
+PREPARED_SCHEMA = pa.schema([*ITEM_FIELDS, pa.field("frames", pa.int32()), pa.field("features", pa.large_binary())])
+TOKEN_FIELDS = [
+    pa.field("token_ids", pa.list_(pa.int32())),
+    pa.field("starts", pa.list_(pa.int32())),
+    pa.field("ends", pa.list_(pa.int32())),
+    pa.field("scores", pa.list_(pa.float32())),
+    pa.field("blank_ratio", pa.float32()),
+]
+RECOGNISED_SCHEMA = pa.schema([*ITEM_FIELDS, *TOKEN_FIELDS])
+STAGES = ("storage", "decode", "features", "model", "write")
+
+
+@dataclass
+class StageClock:
+    """Seconds that one shard spent in each step. The fields are columns of every block between stages."""
+
+    storage_s: float = 0.0
+    decode_s: float = 0.0
+    features_s: float = 0.0
+    model_s: float = 0.0
+    write_s: float = 0.0
+
+    def timed(self, step: str, call: Callable, *arguments):
+        """Call, and add its wall time to `step`."""
+        start = time.perf_counter()
+        try:
+            return call(*arguments)
+        finally:
+            setattr(self, f"{step}_s", getattr(self, f"{step}_s") + time.perf_counter() - start)
+
+
+def pack_shard(shard: str, table: pa.Table, clock: StageClock) -> pa.Table:
+    """A block of one row that carries a shard from one stage to the next."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    payload = pa.Array.from_buffers(pa.large_binary(), 1, [None, _offsets(sink.tell()), sink.getvalue()])
+    columns = {"shard": pa.array([shard]), "payload": payload}
+    return pa.table(columns | {name: pa.array([value]) for name, value in asdict(clock).items()})
+
+
+def _offsets(size: int) -> pa.Buffer:
+    return pa.py_buffer(np.array([0, size], dtype=np.int64))
+
+
+def unpack_shard(block: pa.Table) -> tuple[str, pa.Table, StageClock]:
+    """The shard of a block, without copying it."""
+    if block.num_rows != 1:
+        raise RuntimeError(f"a block holds {block.num_rows} shards; the pipeline must keep one shard in one block")
+    row = block.slice(0, 1)
+    clock = StageClock(**{name: row[name][0].as_py() for name in StageClock.__dataclass_fields__})
+    return row["shard"][0].as_py(), pa.ipc.open_stream(row["payload"][0].as_buffer()).read_all(), clock
+
+
+class PrepareShards:
+    """Shard of the plan -> items with features.
+
+    Args:
+        output: where the plan lies.
+        storage: how to reach the sources.
+        frontend: of the model.
+        feature_dtype: "float16" when the model runs in half precision, else "float32", so that a float32 job equals the
+            reference.
+    """
+
+    def __init__(self, output: Storage, storage: StorageOptions, frontend: FrontendConfig, feature_dtype: str):
+        torch.set_num_threads(1)  # one actor per CPU: more threads would fight over the same cores
+        self.output, self.storage = output, storage
+        self.frontend = LogMelFrontend(frontend)
+        self.dtype = np.dtype(feature_dtype)
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        task = block.slice(0, 1).to_pylist()[0]
+        clock = StageClock()
+        rows = clock.timed("storage", read_shard, self.output, task["plan_file"], task["row_group"])
+        prepared = [self._prepare(item, clock) for item in self._items(rows, clock)]
+        columns = {field.name: [row.get(field.name) for row in prepared] for field in PREPARED_SCHEMA}
+        return pack_shard(task["shard"], pa.table(columns, schema=PREPARED_SCHEMA), clock)
+
+    def _items(self, rows: pa.Table, clock: StageClock) -> Iterator[ReadItem]:
+        """Items as they arrive; waiting for them counts as storage time."""
+        items = read_items(rows, self.storage)
+        while (item := clock.timed("storage", next, items, None)) is not None:
+            yield item
+
+    def _prepare(self, item: ReadItem, clock: StageClock) -> dict:
+        row = {field.name: getattr(item, field.name, None) for field in ITEM_FIELDS}
+        try:
+            if isinstance(item.payload, InputError):
+                raise item.payload
+            audio = clock.timed("decode", self._decode, item)
+        except InputError as error:
+            return row | {"error_kind": str(error.kind), "error_message": error.message}
+        features, _ = clock.timed("features", self.frontend, [audio.waveform])
+        return row | {
+            "duration_s": round(audio.duration_s, 6),
+            "sample_rate_hz": audio.info.sample_rate_hz,
+            **measure_level(audio.waveform),
+            "frames": features.shape[1],
+            "features": memoryview(np.ascontiguousarray(features[0].numpy(), dtype=self.dtype)).cast("B"),
+        }
+
+    def _decode(self, item: ReadItem):
+        try:
+            return load_audio(
+                item.payload,
+                self.frontend.config.sample_rate_hz,
+                offset_s=item.offset_s or 0.0,
+                duration_s=item.duration_s,
+                channel="mix" if item.channel is None else item.channel,
+            )
+        finally:
+            if isinstance(item.payload, SourceFile):
+                item.payload.close()
+                item.payload.raise_error()  # a storage failure that the decoder saw as an end of file
+
+
+def measure_level(waveform: np.ndarray) -> dict[str, float]:
+    """Loudness and clipping of a waveform [S]: root mean square in dB of full scale, share of samples at full scale."""
+    if not len(waveform):
+        return {"rms_dbfs": SILENCE_DBFS, "clipped_ratio": 0.0}
+    power = float(np.dot(waveform, waveform)) / len(waveform)
+    return {
+        "rms_dbfs": round(max(10 * np.log10(max(power, 1e-30)), SILENCE_DBFS), 2),
+        "clipped_ratio": float((np.abs(waveform) >= CLIPPED_LEVEL).mean()),
+    }
+
+
+class RecogniseShards:
+    """Items with features -> items with tokens, on one GPU or one share of the CPUs.
+
+    Args:
+        threads: CPU threads of the model.
+    """
+
+    def __init__(self, model: ModelReference, dtype: str, device: str, feature_dtype: str, threads: int):
+        torch.set_num_threads(threads)
+        checkpoint = model.load(dtype, device)
+        self.engine = Engine(checkpoint)
+        self.n_mels = checkpoint.config.frontend.n_mels
+        self.feature_dtype = np.dtype(feature_dtype)
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        shard, items, clock = unpack_shard(block)
+        wanted = [index for index, frames in enumerate(items["frames"].to_pylist()) if frames is not None]
+        features = [self._features(items["features"][index], items["frames"][index].as_py()) for index in wanted]
+        results = dict(zip(wanted, clock.timed("model", self.engine.recognise, features), strict=True))
+        recognised = _with_errors(items.select([field.name for field in ITEM_FIELDS]), results)
+        tokens = [_token_columns(results.get(index)) for index in range(items.num_rows)]
+        for field in TOKEN_FIELDS:
+            recognised = recognised.append_column(field, pa.array([row[field.name] for row in tokens], field.type))
+        return pack_shard(shard, recognised, clock)
+
+    def _features(self, value: pa.Scalar, frames: int) -> torch.Tensor:
+        array = np.frombuffer(value.as_buffer(), dtype=self.feature_dtype).reshape(frames, self.n_mels)
+        return torch.from_numpy(array.copy() if not frames else array)
+
+
+def _token_columns(result: Tokens | InputError | None) -> dict:
+    """The values of `TOKEN_FIELDS`; all null for an item without tokens of its own because of an error."""
+    if not isinstance(result, Tokens):
+        return dict.fromkeys(field.name for field in TOKEN_FIELDS)
+    columns = {"token_ids": result.ids, "starts": result.starts, "ends": result.ends, "scores": result.scores}
+    return columns | {"blank_ratio": result.blank_ratio}
+
+
+def _with_errors(items: pa.Table, results: dict[int, Tokens | InputError]) -> pa.Table:
+    """The items with the errors that the model stage found, which is one that does not fit the device alone."""
+    errors = {index: result for index, result in results.items() if isinstance(result, InputError)}
+    if not errors:
+        return items
+    rows = items.to_pylist()
+    for index, error in errors.items():
+        rows[index] |= {"error_kind": str(error.kind), "error_message": error.message}
+    return pa.Table.from_pylist(rows, schema=items.schema)
+
+
+class CommitShards:
+    """Items with tokens -> a committed part and one row about it.
+
+    Args:
+        output: where the table lies.
+        tokenizer, encoder_frame_s: of the model.
+        fingerprint: of the job, part of each part's name.
+        provenance: stored in each part's metadata.
+    """
+
+    def __init__(
+        self,
+        output: Storage,
+        tokenizer: Tokenizer,
+        encoder_frame_s: float,
+        fingerprint: str,
+        provenance: dict[str, str],
+    ):
+        self.output, self.tokenizer, self.encoder_frame_s = output, tokenizer, encoder_frame_s
+        self.fingerprint, self.provenance = fingerprint, provenance
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        shard, items, clock = unpack_shard(block)
+        table = clock.timed("write", self.transcripts, items)
+        facts = part_facts(table)
+        metadata = part_metadata(self.provenance, shard, facts)
+        name = part_name(shard, self.fingerprint)
+        part_bytes = clock.timed("write", commit_part, self.output, name, table, metadata)
+        result = {"shard": shard, "part_bytes": part_bytes, "facts": json.dumps(vars(facts)), **asdict(clock)}
+        return pa.Table.from_pylist([result])
+
+    def transcripts(self, items: pa.Table) -> pa.Table:
+        """Rows of `TRANSCRIPT_SCHEMA`, in the order of the items."""
+        return pa.Table.from_pylist([self._row(item) for item in items.to_pylist()], schema=TRANSCRIPT_SCHEMA)
+
+    def _row(self, item: dict) -> dict:
+        row = {name: item.get(name) for name in TRANSCRIPT_SCHEMA.names}
+        if item["error_kind"] is not None:
+            return row | {"status": "error"}
+        tokens = Tokens(
+            *(np.asarray(item[name]) for name in ("token_ids", "starts", "ends", "scores")),
+            blank_ratio=item["blank_ratio"],
+        )
+        text = self.tokenizer.decode(item["token_ids"])
+        return row | {
+            "status": "ok" if text else "empty",
+            "text": text,
+            "confidence": round(float(tokens.scores.mean()), 4) if len(tokens.ids) else None,
+            "words": round_words(group_words(tokens, self.tokenizer, self.encoder_frame_s)),
+            "chars_per_s": round(len(text) / item["duration_s"], 3) if item["duration_s"] else None,
+            "wer": None if item["reference"] is None else word_error_rate(item["reference"], text),
+        }
