@@ -99,7 +99,8 @@ class ProgressDisplay:
         left_s = max(self.total_s - accounted_s, 0.0) / overall if overall else None
         return (
             f"{hours(accounted_s)} of about {hours(self.total_s)} | "
-            f"RTFx {self._recent_rtfx():.0f} now, {overall:.0f} overall | left {clock(left_s)} | ok {tally.ok} empty {tally.empty} errors {tally.errors} | {self._bottleneck()}"
+            f"RTFx {self._recent_rtfx():.0f} now, {overall:.0f} overall | left {clock(left_s)} | "
+            f"ok {tally.ok} empty {tally.empty} errors {tally.errors} | {self._bottleneck()}"
         )
 
     def model_idle_share(self) -> float | None:

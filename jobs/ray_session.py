@@ -23,6 +23,8 @@ def ray_session(address: str | None) -> Iterator[dict[str, float]]:
     started = not ray.is_initialized()
     if started:
         address = address or os.environ.get(RAY_ADDRESS) or "local"
+        # Ray's C++ core writes advice to stderr from the driver; errors that matter come back as exceptions.
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
         local = {"include_dashboard": False} if address == "local" else {}
         ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, **local)
     quiet_ray_data()

@@ -78,7 +78,7 @@ def summarise(receipt: Receipt, resume_hint: str) -> str:
         f"items   {r.items_in:,} in = {r.ok:,} ok + {r.empty:,} empty + {r.errors:,} errors"
         + (f" ({kinds})" if kinds else ""),
         f"hours   {r.hours_in:,.3f} in = {r.hours_done:,.3f} done + {r.hours_lost:,.3f} lost",
-        f"speed   RTFx {r.rtfx_end_to_end:,.0f} end to end; {hours(r.hours_this_run * 3600)} in {clock(r.wall_s)} of this run",
+        f"speed   RTFx {r.rtfx_end_to_end:,.0f} end to end; {hours(r.hours_this_run * 3600)} in {clock(r.wall_s)}",
         f"stages  {stages} (summed over actors)"
         + (f"; model idle {r.model_idle_share:.0%}" if r.model_idle_share is not None else ""),
     ]

@@ -1,0 +1,187 @@
+"""jobs/storage.py against local disk and a real S3 server."""
+
+import os
+import pickle
+import threading
+
+import pytest
+from job_samples import audio_bytes
+
+from jobs.listing import list_files, resolve_input
+from jobs.storage import HIDDEN_PREFIX, Storage, StorageOptions, scrub
+from parakeet_core.errors import ConfigError, ErrorKind, InputError
+
+
+def test_what_is_written_is_read_named_and_listed(storage):
+    assert not storage.exists("a/x.bin")
+    assert storage.list_names("a") == []
+    storage.write_atomic("a/x.bin", b"one")
+    storage.write_atomic("a/x.bin", b"two")
+    storage.write_atomic("a/deep/y.bin", b"three")
+    assert storage.exists("a/x.bin")
+    assert storage.read_bytes("a/x.bin") == b"two"
+    assert storage.list_names("a") == ["x.bin"]
+    with storage.open("a/x.bin") as file:
+        file.seek(1)
+        assert file.read() == b"wo"
+    storage.delete("a/x.bin")
+    storage.delete("a/x.bin")
+    assert storage.list_names("a") == []
+
+
+def test_a_file_object_is_written_whole(storage, tmp_path):
+    path = tmp_path / "part"
+    path.write_bytes(os.urandom(3 << 20))
+    with path.open("rb") as file:
+        storage.write_atomic("part.bin", file)
+    assert storage.read_bytes("part.bin") == path.read_bytes()
+
+
+def test_exclusive_write_keeps_the_first_on_local_disk(tmp_path):
+    storage = Storage(str(tmp_path))
+    assert storage.write_atomic("x", b"first", exclusive=True)
+    assert not storage.write_atomic("x", b"second", exclusive=True)
+    assert storage.read_bytes("x") == b"first"
+    assert os.listdir(tmp_path) == ["x"]
+
+
+def test_readers_see_all_or_nothing_while_writers_replace(tmp_path):
+    storage = Storage(str(tmp_path))
+    bodies = {bytes([n]) * 300_000 for n in range(8)}
+    writers = [threading.Thread(target=storage.write_atomic, args=("x", body)) for body in bodies]
+    for writer in writers:
+        writer.start()
+    seen = [storage.read_bytes("x") for _ in range(50) if storage.exists("x")]
+    for writer in writers:
+        writer.join()
+    assert set(seen) <= bodies
+    assert storage.list_names() == ["x"]
+
+
+def test_a_failed_write_leaves_nothing(tmp_path):
+    class Failing:
+        def read(self, _size):
+            raise OSError(28, "No space left on device")
+
+    storage = Storage(str(tmp_path))
+    with pytest.raises(InputError, match="No space left") as caught:
+        storage.write_atomic("x", Failing())
+    assert caught.value.kind == ErrorKind.STORAGE
+    assert os.listdir(tmp_path) == []
+
+
+def test_half_written_files_are_not_listed(tmp_path):
+    (tmp_path / f"{HIDDEN_PREFIX}0123").write_bytes(b"half")
+    (tmp_path / "x").write_bytes(b"whole")
+    assert Storage(str(tmp_path)).list_names() == ["x"]
+
+
+def test_missing_objects_are_missing(storage):
+    storage.write_atomic("x", b"1")
+    with pytest.raises(InputError) as caught:
+        storage.read_bytes("y")
+    assert caught.value.kind == ErrorKind.MISSING_OBJECT
+    assert "y" in caught.value.message
+
+
+def test_wrong_key_is_forbidden_and_not_named(s3_server):
+    good = s3_server.options
+    bucket = s3_server.bucket()
+    secret = "canary-secret-0123456789"
+    storage = Storage(f"s3://{bucket}", StorageOptions(good.endpoint_url, good.region, "canary-key-1", secret))
+    with pytest.raises(InputError) as caught:
+        storage.read_bytes("x")
+    assert caught.value.kind == ErrorKind.FORBIDDEN
+    for text in (caught.value.message, repr(storage), repr(storage.options)):
+        assert "canary" not in text
+
+
+def test_unreachable_endpoint_is_storage(s3_server):
+    # Port 1 of the loopback refuses at once; eight attempts with backoff would be a minute, so there is one.
+    storage = Storage("s3://bucket/x", StorageOptions("http://127.0.0.1:1", "us-east-1", "k" * 8, "s" * 8))
+    storage.fs.config_kwargs["retries"] = {"mode": "standard", "total_max_attempts": 1}
+    storage.fs.retries = 1
+    with pytest.raises(InputError) as caught:
+        storage.read_bytes("y")
+    assert caught.value.kind == ErrorKind.STORAGE
+
+
+def test_endpoint_and_region_come_from_the_usual_variables():
+    found = StorageOptions().for_s3({"AWS_ENDPOINT_URL": "http://a", "AWS_REGION": "eu-north-1"})
+    assert found["endpoint_url"] == "http://a"
+    assert found["client_kwargs"] == {"region_name": "eu-north-1"}
+    assert StorageOptions("http://b").for_s3({"AWS_ENDPOINT_URL": "http://a"})["endpoint_url"] == "http://b"
+
+
+def test_credentials_come_from_the_environment(s3_server, monkeypatch):
+    bucket = s3_server.bucket()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_server.endpoint_url)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", s3_server.key)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", s3_server.secret)
+    monkeypatch.setenv("AWS_REGION", "us-east-1")
+    Storage(f"s3://{bucket}").write_atomic("x", b"1")
+    assert (s3_server.folder / bucket / "x").read_bytes() == b"1"
+
+
+def test_scrub_removes_every_form_of_credential(monkeypatch):
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "canary/secret")
+    text = "s3://user:pass@host/x https://h/x?X-Amz-Signature=abc canary/secret"
+    cleaned = scrub(text, StorageOptions(token="sometoken"))
+    for secret in ("user", "pass", "abc", "canary"):
+        assert secret not in cleaned
+    assert "sometoken" not in scrub("a sometoken b", StorageOptions(token="sometoken"))
+
+
+def test_storage_travels_between_processes(storage):
+    copy = pickle.loads(pickle.dumps(storage))  # noqa: S301 - our own bytes
+    copy.write_atomic("x", b"1")
+    assert storage.read_bytes("x") == b"1"
+
+
+def test_unknown_scheme_is_a_config_error():
+    with pytest.raises(ConfigError, match="nosuch"):
+        Storage("nosuch://bucket/x")
+
+
+def test_listing_pages_are_complete(s3_server):
+    bucket = s3_server.bucket()
+    folder = s3_server.folder / bucket / "in" / "deep"
+    folder.mkdir(parents=True)
+    for number in range(2_300):  # more than two pages of 1000
+        (folder / f"{number:05d}.wav").write_bytes(b"x" * (number % 7))
+    storage = Storage(f"s3://{bucket}/in", s3_server.options)
+    listed = {n: s for batch in list_files(storage) for n, s in zip(*batch.to_pydict().values(), strict=True)}
+    assert listed == {f"deep/{number:05d}.wav": number % 7 for number in range(2_300)}
+
+
+def test_one_object_a_prefix_and_a_glob_are_told_apart(storage):
+    for name in ("a/one.wav", "a/one.wav.txt", "a/b/two.wav", "a/b/two.flac"):
+        storage.write_atomic(name, audio_bytes(0.1))
+    cases = {
+        "a": ["b/two.flac", "b/two.wav", "one.wav", "one.wav.txt"],
+        "a/": ["b/two.flac", "b/two.wav", "one.wav", "one.wav.txt"],
+        "a/one.wav": ["one.wav"],
+        "a/*.wav": ["one.wav"],
+        "a/**/*.wav": ["b/two.wav", "one.wav"],
+        "*/b/two.*": ["a/b/two.flac", "a/b/two.wav"],
+    }
+    for url, expected in cases.items():
+        found, pattern, name = resolve_input(f"{storage.url}/{url}", storage.options)
+        assert sorted(n for b in list_files(found, pattern, name) for n in b["name"].to_pylist()) == expected, url
+    with pytest.raises(InputError) as caught:
+        resolve_input(f"{storage.url}/a/none", storage.options)
+    assert caught.value.kind == ErrorKind.MISSING_OBJECT
+
+
+def test_links_to_folders_are_followed_once(tmp_path):
+    outside, inside = tmp_path / "outside", tmp_path / "in"
+    outside.mkdir()
+    (inside / "real").mkdir(parents=True)
+    (outside / "a.wav").write_bytes(b"1")
+    (inside / "real" / "b.wav").write_bytes(b"1")
+    os.symlink(outside, inside / "link2")
+    os.symlink(outside, inside / "link1")
+    os.symlink(inside, inside / "real" / "cycle")
+    os.symlink(inside, outside / "back")
+    names = [name for batch in list_files(Storage(str(inside))) for name in batch["name"].to_pylist()]
+    assert sorted(names) == ["link1/a.wav", "real/b.wav"]
