@@ -187,7 +187,7 @@ def plan_shards(
 
 
 def collect_rows(batches: Iterable[pa.RecordBatch], folder: str) -> tuple[RowFacts, np.ndarray, KindSampler]:
-    """Spill the rows to `folder/rows.arrow` and keep their numbers. The int16 array is the kind of each row (sizing)."""
+    """Spill the rows to `folder/rows.arrow` and keep their numbers, and each row's kind (int16 [N])."""
     sampler = KindSampler()
     columns: dict[str, list[np.ndarray]] = {name: [] for name in [*RowFacts.__dataclass_fields__, "codes"]}
     options = pa.ipc.IpcWriteOptions(compression="lz4")

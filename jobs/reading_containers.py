@@ -17,10 +17,10 @@ import pyarrow.parquet as pq
 from jobs.inputs import AUDIO_EXTENSIONS
 from jobs.inputs_containers import REFERENCE_COLUMNS, AudioColumn, find_audio_column, plain_columns
 from jobs.sources import ReadItem, SourceReader
-from jobs.storage import storage_errors
 from parakeet_core.errors import ErrorKind, InputError
 
 MAX_MEMBER_BYTES = 1 << 30  # held in memory; a member of 9 h of 16 kHz 16-bit speech is a mistake, or a bomb
+MAX_TAIL_BYTES = 1 << 20  # zeros behind the end mark, at most one record of 10 KiB as tar writes it
 MAX_TEXT_BYTES = 1 << 20  # reference texts and metadata of one utterance
 PARQUET_BATCH_ROWS = 16  # rows decoded at a time: 16 clips of 30 s are about 15 MB
 _TEAR = (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile)
@@ -60,7 +60,7 @@ def read_tar(tar_id: str, source: str, reader: SourceReader) -> Iterator[ReadIte
     taken: set[str] = set()
     done = 0
     try:
-        with storage_errors(source, reader.options), reader.stream(source) as file:
+        with reader.stream(source) as file:
             try:
                 for key, members in _groups(file):
                     for item in _tar_items(key, members, tar_id, source):
@@ -96,6 +96,8 @@ def _groups(file: IO[bytes]) -> Iterator[tuple[str, list[tuple[tarfile.TarInfo, 
                 group = []
             key = _key(member.name)
             group.append((member, data))
+        if plain is not buffered:
+            plain.read(MAX_TAIL_BYTES)  # the checksum of a gzip stream stands behind the end mark of the archive
     except _TEAR as error:
         tear = error
     if group:
@@ -184,7 +186,7 @@ def read_row_group(first_id: str, source: str, row_group: int, items: int, reade
     prefix, _, first = first_id.rpartition("#")
     done = 0
     try:
-        with storage_errors(source, reader.options), reader.stream(source) as file:
+        with reader.stream(source) as file:
             try:
                 parquet = pq.ParquetFile(file, pre_buffer=False, buffer_size=1 << 20)
                 audio = find_audio_column(parquet.schema_arrow)
@@ -193,7 +195,11 @@ def read_row_group(first_id: str, source: str, row_group: int, items: int, reade
                     for row in plain_columns(batch).to_pylist():
                         yield _parquet_item(row, audio, f"{prefix}#{int(first) + done}", source)
                         done += 1
-            except (pa.ArrowException, EOFError, IndexError) as error:
+            except (
+                pa.ArrowException,
+                OSError,
+                IndexError,
+            ) as error:  # the storage's own failures are InputErrors already
                 message = f"{source}, row group {row_group}: breaks after {done} rows ({str(error)[:200]})"
                 raise InputError(ErrorKind.TORN_ARCHIVE, message) from error
             if done < items:

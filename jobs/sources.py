@@ -39,7 +39,9 @@ class SourceFile(io.RawIOBase):
     is kept in `error`; check it after decoding (`raise_error`) before believing that a file is truncated.
     """
 
-    def __init__(self, source: str, options: StorageOptions, size_bytes: int | None = None):
+    def __init__(
+        self, source: str, options: StorageOptions, size_bytes: int | None = None, block_bytes: int = SEEK_BLOCK_BYTES
+    ):
         self.source, self.options, self.size_bytes = source, options, size_bytes
         self.error: InputError | None = None
         with storage_errors(source, options):
@@ -48,7 +50,7 @@ class SourceFile(io.RawIOBase):
                 self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - closed in `close`
             else:
                 known = {"size": size_bytes} if size_bytes is not None else {}
-                self._file = fs.open(path, "rb", block_size=SEEK_BLOCK_BYTES, cache_type="readahead", **known)
+                self._file = fs.open(path, "rb", block_size=block_bytes, cache_type="readahead", **known)
 
     def _guarded(self, call, *arguments):
         if self.error is None:
@@ -116,9 +118,6 @@ class SourceReader:
         size = self.size(source) if size_bytes is None else size_bytes
         return SourceFile(source, self.options, size) if size > WHOLE_BYTES else self.fetch(source)
 
-    def stream(self, source: str) -> IO[bytes]:
-        """A file to read from front to back, inside `storage_errors`."""
-        fs, path = connect(source, self.options)
-        if scheme_of(source) == "file":
-            return open(path, "rb")
-        return fs.open(path, "rb", block_size=STREAM_BLOCK_BYTES, cache_type="readahead")
+    def stream(self, source: str) -> SourceFile:
+        """A file to read from front to back."""
+        return SourceFile(source, self.options, block_bytes=STREAM_BLOCK_BYTES)

@@ -1,0 +1,272 @@
+"""jobs/inputs*.py and jobs/source_rules.py: listing -> layout -> plan rows."""
+
+import contextlib
+import gzip
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from job_samples import SHARED_SPEECH, audio_bytes, jsonl, tar_bytes
+
+from jobs.inputs import InputOptions, scan_input
+from jobs.inputs_manifest import MAX_LINE_BYTES, parse_line
+from jobs.source_rules import SourceRules, check_host
+from jobs.storage import Storage
+from parakeet_core.errors import ConfigError, InputError
+
+REMOTE = SourceRules(remote=True)
+LOCAL = SourceRules(remote=False)
+
+
+def rows_of(storage: Storage, name: str = "", **options) -> list[dict]:
+    url = f"{storage.url}/{name}" if name else storage.url
+    scan = scan_input(InputOptions(url, storage=storage.options, **options))
+    return [row for batch in scan.batches() for row in batch.to_pylist()]
+
+
+def test_folder_of_files(storage):
+    for name in ("b/2.FLAC", "a/1.wav", "3.mp3", "notes.txt", "a/none", ".hidden.wav", "_tmp/4.wav", "a/.git/5.wav"):
+        storage.write_atomic(name, b"12345")
+    scan = scan_input(InputOptions(storage.url, storage=storage.options))
+    rows = sorted((row for batch in scan.batches() for row in batch.to_pylist()), key=lambda row: row["id"])
+    assert [row["id"] for row in rows] == ["3.mp3", "a/1.wav", "b/2.FLAC"]
+    assert {row["size_bytes"] for row in rows} == {5}
+    assert rows[1]["source"] == storage.source("a/1.wav")
+    assert scan.format == "files"
+    assert (scan.counts.other, scan.counts.hidden) == (2, 3)
+    assert "1 .txt" in scan.left_out
+    assert "3 hidden" in scan.left_out
+
+
+def test_layout_is_found_from_the_listing(storage):
+    storage.write_atomic("tars/x-0.tar", tar_bytes({"k.wav": audio_bytes()}))
+    storage.write_atomic("tars/x-1.tar.gz", tar_bytes({"k.wav": audio_bytes()}, "w:gz"))
+    storage.write_atomic("tars/README.md", b"hello")
+    storage.write_atomic("manifests/train.jsonl", jsonl({"audio_filepath": "a.wav"}))
+    for folder, expected in {
+        "tars": "webdataset",
+        "manifests": "manifest",
+        "manifests/train.jsonl": "manifest",
+    }.items():
+        scan = scan_input(InputOptions(f"{storage.url}/{folder}", storage=storage.options))
+        assert scan.format == expected
+        assert scan.reason
+    rows = rows_of(storage, "tars")
+    assert sorted(row["id"] for row in rows) == ["x-0.tar", "x-1.tar.gz"]
+    assert {row["layout"] for row in rows} == {"tar"}
+    assert {row["items"] for row in rows} == {None}
+
+
+def test_a_mix_is_refused_with_counts_and_the_option(storage):
+    storage.write_atomic("a.wav", b"1")
+    storage.write_atomic("a.jsonl", jsonl({"audio_filepath": "a.wav"}))
+    with pytest.raises(ConfigError, match=r"1 audio files, 1 JSONL manifests.*--format files\|manifest"):
+        rows_of(storage)
+    assert [row["id"] for row in rows_of(storage, format="files")] == ["a.wav"]
+    assert [row["id"] for row in rows_of(storage, format="manifest")] == ["a.wav"]
+
+
+@pytest.mark.parametrize("case", ["nothing known", "missing", "unknown file", "wrong format", "bad option"])
+def test_unusable_inputs_stop_before_any_work(storage, case):
+    storage.write_atomic("x/readme.txt", b"1")
+    url, options = {
+        "nothing known": ("x", {}),
+        "missing": ("none", {}),
+        "unknown file": ("x/readme.txt", {}),
+        "wrong format": ("x", {"format": "parquet"}),
+        "bad option": ("x", {"format": "nemo"}),
+    }[case]
+    with pytest.raises(ConfigError):
+        rows_of(storage, url, **options)
+
+
+def test_manifest_lines_become_items(storage):
+    records = [
+        {"audio_filepath": "a.wav", "duration": 3.5, "text": "hello", "speaker": "s1"},
+        {"audio_filepath": "sub/b.wav", "offset": 1.25, "duration": 2, "channel": 0},
+        {"audio_filepath": "sub/b.wav", "offset": 1.25, "duration": 2, "channel": 1},
+        {"audio_filepath": "c.wav", "offset": 0.0},
+        {"audio_filepath": "../up.wav", "id": 17},
+    ]
+    storage.write_atomic("m/list.jsonl", jsonl(*records, "", "  "))
+    rows = rows_of(storage, "m/list.jsonl")
+    assert [row["id"] for row in rows] == ["a.wav", "sub/b.wav#1.25-2@0", "sub/b.wav#1.25-2@1", "c.wav#0-", "17"]
+    assert [row["error_kind"] for row in rows] == [None] * 5
+    assert rows[0] | {"source": ""} == {
+        "id": "a.wav", "source": "", "layout": "file", "member": None, "row_group": None, "offset_s": None,
+        "duration_s": None, "channel": None, "size_bytes": None, "audio_s": 3.5, "items": 1, "reference": "hello",
+        "extra": '{"speaker": "s1"}', "error_kind": None, "error_message": None,
+    }  # fmt: skip
+    assert (rows[1]["offset_s"], rows[1]["duration_s"], rows[1]["channel"]) == (1.25, 2.0, 0)
+    assert rows[1]["source"] == storage.source("m/sub/b.wav")
+    assert rows[4]["source"] == storage.source("up.wav")
+
+
+BAD_LINES = {
+    "not json": ("bad_record", "{not json"),
+    "an array": ("bad_record", "[1]"),
+    "no path": ("bad_record", '{"duration": 1}'),
+    "path is a number": ("bad_record", '{"audio_filepath": 1}'),
+    "empty path": ("bad_record", '{"audio_filepath": ""}'),
+    "NUL": ("bad_record", '{"audio_filepath": "a\\u0000b"}'),
+    "half a surrogate": ("bad_record", '{"audio_filepath": "a.wav", "text": "\\ud800"}'),
+    "NaN": ("bad_record", '{"audio_filepath": "a.wav", "offset": NaN}'),
+    "offset as text": ("bad_record", '{"audio_filepath": "a.wav", "offset": "1"}'),
+    "offset true": ("bad_record", '{"audio_filepath": "a.wav", "offset": true}'),
+    "negative offset": ("bad_segment", '{"audio_filepath": "a.wav", "offset": -0.5, "duration": 1}'),
+    "infinite by digits": ("bad_segment", '{"audio_filepath": "a.wav", "offset": 1e999}'),
+    "negative duration": ("bad_segment", '{"audio_filepath": "a.wav", "offset": 0, "duration": -1}'),
+    "empty segment": ("bad_segment", '{"audio_filepath": "a.wav", "offset": 1, "duration": 0}'),
+    "several channels": ("bad_record", '{"audio_filepath": "a.wav", "channel": [0, 1]}'),
+    "negative channel": ("bad_channel", '{"audio_filepath": "a.wav", "channel": -1}'),
+    "deep": ("bad_record", '{"audio_filepath": "a.wav", "x": ' + "[" * 100_000 + "]" * 100_000 + "}"),
+    "long": ("bad_record", '{"audio_filepath": "a.wav", "x": "' + "y" * MAX_LINE_BYTES + '"}'),
+    "huge number": ("bad_record", '{"audio_filepath": "a.wav", "offset": ' + "9" * 5000 + "}"),
+}
+
+
+def test_bad_manifest_lines_are_rows_and_the_rest_goes_on(tmp_path):
+    lines = [line for _, line in BAD_LINES.values()]
+    raw = b"\n".join(
+        [b'{"audio_filepath": "first.wav"}', *(x.encode() for x in lines), b"\xff\xfe", b'{"audio_filepath": "z.wav"}']
+    )
+    (tmp_path / "m.jsonl").write_bytes(raw)
+    rows = rows_of(Storage(str(tmp_path)), "m.jsonl")
+    assert rows[0]["id"] == "first.wav"
+    assert rows[-1]["id"] == "z.wav"
+    found = [row["error_kind"] for row in rows[1:-1]]
+    assert dict(zip([*BAD_LINES, "bytes"], found, strict=True)) == {
+        **{name: kind for name, (kind, _) in BAD_LINES.items()},
+        "bytes": "bad_record",
+    }
+    assert [row["id"] for row in rows[1:-1]] == [f"m.jsonl#line{number}" for number in range(2, len(rows))]
+    assert all(f"line {n}:" in row["error_message"] for n, row in enumerate(rows[1:-1], 2))
+    assert all(len(row["error_message"]) < 400 for row in rows[1:-1])
+
+
+def test_torn_gzip_manifest_gives_its_lines_and_one_error(tmp_path):
+    whole = gzip.compress(jsonl(*({"audio_filepath": f"{n}-{hash(n * 7919)}.wav"} for n in range(5000))))
+    (tmp_path / "m.jsonl.gz").write_bytes(whole[: len(whole) // 2])
+    rows = rows_of(Storage(str(tmp_path)), "m.jsonl.gz")
+    assert len(rows) > 100
+    assert [row["error_kind"] for row in rows[:-1]] == [None] * (len(rows) - 1)
+    assert rows[-1]["error_kind"] == "torn_archive"
+
+
+REFUSED = [
+    "/etc/passwd",
+    "file:///etc/passwd",
+    "../../../other-bucket/x.wav",
+    "local:///etc/passwd",
+    "memory://x",
+    "ftp://host/x",
+    "simplecache::file:///etc/passwd",
+    "zip://x.wav::file:///a.zip",
+    "x.wav::file:///etc/passwd",
+    "http://169.254.169.254/latest/meta-data/",
+    "https://example.org/a.wav",
+]
+
+
+@pytest.mark.parametrize("path", REFUSED)
+def test_remote_manifests_reach_neither_disk_nor_network(path):
+    with pytest.raises(InputError) as caught:
+        REMOTE.resolve(path, "s3://bucket/folder")
+    assert caught.value.kind == "bad_record"
+
+
+def test_what_manifests_may_name():
+    assert REMOTE.resolve("a/b.wav", "s3://bucket/folder") == "s3://bucket/folder/a/b.wav"
+    assert REMOTE.resolve("../b.wav", "s3://bucket/folder") == "s3://bucket/b.wav"
+    assert REMOTE.resolve("s3://other/b.wav", "s3://bucket/folder") == "s3://other/b.wav"
+    assert LOCAL.resolve("/data/b.wav", "/m") == "/data/b.wav"
+    assert LOCAL.resolve("../b.wav", "/m/n") == "/m/b.wav"
+    assert SourceRules(True, allow_local_paths=True).resolve("file:///d/b.wav", "s3://b") == "/d/b.wav"
+    allowed = SourceRules(True, allow_http=True)
+    assert allowed.resolve("https://example.org/a.wav", "s3://b") == "https://example.org/a.wav"
+    with pytest.raises(InputError):
+        allowed.resolve("http://169.254.169.254/", "s3://b")
+
+
+@pytest.mark.parametrize(
+    "host",
+    ["169.254.169.254", "2852039166", "0xa9fea9fe", "169.16689662", "127.0.0.1", "localhost", "LOCALHOST.", "10.1.2.3"]
+    + ["192.168.0.1", "[::1]", "[fe80::1]", "[fd00:ec2::254]", "[::ffff:169.254.169.254]", "0.0.0.0", "a.localhost"]
+    + ["metadata.google.internal", "224.0.0.1", ""],
+)
+def test_private_hosts_are_refused_however_they_are_spelt(host):
+    with pytest.raises(InputError):
+        check_host(f"http://user:pw@{host}:80/x")
+
+
+def test_public_hosts_pass():
+    check_host("https://example.org/x.wav")
+    check_host("http://8.8.8.8/x.wav")
+
+
+@given(st.binary(max_size=200))
+@settings(max_examples=300, deadline=None)
+def test_any_bytes_are_a_row_or_an_input_error(line):
+    with contextlib.suppress(InputError):
+        assert parse_line(line, "/m", LOCAL)["id"]
+
+
+_json = st.recursive(
+    st.none() | st.booleans() | st.floats() | st.integers() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(
+    st.fixed_dictionaries(
+        {"audio_filepath": st.text() | _json},
+        optional={k: _json for k in ("offset", "duration", "channel", "id", "text", "x")},
+    )
+)
+@settings(max_examples=150, deadline=None)
+def test_any_record_is_a_row_that_arrow_takes_or_an_input_error(record):
+    for rules, folder in ((LOCAL, "/m"), (REMOTE, "s3://bucket/m")):
+        try:
+            row = parse_line(json.dumps(record).encode(), folder, rules)
+        except InputError:
+            continue
+        pa.array([row["id"]], pa.string())
+        pa.array([row["channel"]], pa.int32())
+        if rules.remote:
+            assert row["source"].startswith("s3://")
+
+
+def hf_table(rows: int) -> pa.Table:
+    audio = [{"bytes": audio_bytes(0.2), "path": f"{n}.wav"} for n in range(rows)]
+    return pa.table({"audio": audio, "sentence": [f"text {n}" for n in range(rows)], "speaker": list(range(rows))})
+
+
+def test_parquet_row_groups_become_rows(storage):
+    sink = pa.BufferOutputStream()
+    pq.write_table(hf_table(10), sink, row_group_size=4)
+    storage.write_atomic("data/train.parquet", sink.getvalue().to_pybytes())
+    storage.write_atomic("data/torn.parquet", sink.getvalue().to_pybytes()[:-100])
+    none = pa.BufferOutputStream()
+    pq.write_table(pa.table({"text": ["x"]}), none)
+    storage.write_atomic("data/other.parquet", none.getvalue().to_pybytes())
+    rows = {row["id"]: row for row in rows_of(storage, "data")}
+    assert set(rows) == {"train.parquet#0", "train.parquet#4", "train.parquet#8", "torn.parquet", "other.parquet"}
+    assert [rows[f"train.parquet#{n}"]["items"] for n in (0, 4, 8)] == [4, 4, 2]
+    assert [rows[f"train.parquet#{n}"]["row_group"] for n in (0, 4, 8)] == [0, 1, 2]
+    assert rows["torn.parquet"]["error_kind"] == "torn_archive"
+    assert rows["other.parquet"]["error_kind"] == "bad_record"
+    assert "audio" in rows["other.parquet"]["error_message"]
+
+
+@pytest.mark.skipif(not SHARED_SPEECH.exists(), reason="shared/speech is not here")
+def test_shared_speech_as_files_and_as_manifest_names_the_same_files():
+    storage = Storage(str(SHARED_SPEECH))
+    files = {row["source"] for row in rows_of(storage, "librispeech-dev-clean")}
+    entries = rows_of(storage, "librispeech-dev-clean.jsonl")
+    assert files == {row["source"] for row in entries}
+    assert len(entries) == 1313
+    assert all(row["reference"] and row["audio_s"] > 0 for row in entries)

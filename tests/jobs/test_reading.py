@@ -1,0 +1,298 @@
+"""jobs/reading*.py: plan rows -> exactly one item each, with bytes or with the error that becomes its row."""
+
+import gzip
+import http.server
+import io
+import json
+import os
+import tarfile
+import threading
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import soundfile
+from job_samples import audio_bytes, jsonl, tar_bytes
+
+import jobs.sources
+from jobs.guarded_http import fetch_http
+from jobs.inputs import InputOptions, scan_input
+from jobs.plan_rows import PLAN_SCHEMA, plan_batch
+from jobs.reading import ReadItem, ReadLimits, SourceFile, read_items
+from jobs.storage import Storage
+from parakeet_core.audio import load_audio
+from parakeet_core.errors import ErrorKind, InputError
+
+
+def read(storage: Storage, name: str = "", **options) -> list[ReadItem]:
+    url = f"{storage.url}/{name}" if name else storage.url
+    scan = scan_input(InputOptions(url, storage=storage.options, **options))
+    return list(read_items(pa.Table.from_batches(scan.batches(), PLAN_SCHEMA), storage.options))
+
+
+def kinds(items: list[ReadItem]) -> dict[str, str]:
+    return {i.id: str(i.payload.kind) if isinstance(i.payload, InputError) else type(i.payload).__name__ for i in items}
+
+
+def test_files_come_with_their_bytes_in_row_order(storage):
+    contents = {f"{n:03d}.wav": audio_bytes(0.01 * n) for n in range(60)}
+    for name, data in contents.items():
+        storage.write_atomic(name, data)
+    scan = scan_input(InputOptions(storage.url, storage=storage.options))
+    rows = pa.Table.from_batches(scan.batches(), PLAN_SCHEMA).sort_by("id")
+    for limits in (ReadLimits(), ReadLimits(threads=2, bytes_ahead=1)):
+        items = list(read_items(rows, storage.options, limits))
+        assert [item.id for item in items] == sorted(contents)
+        assert {item.id: item.payload for item in items} == contents
+
+
+def test_segments_share_one_fetch(storage):
+    data = audio_bytes(3.0)
+    storage.write_atomic("a.wav", data)
+    records = [{"audio_filepath": "a.wav", "offset": n / 10, "duration": 0.1} for n in range(20)]
+    storage.write_atomic("m.jsonl", jsonl(*records))
+    items = read(storage, "m.jsonl")
+    assert [item.offset_s for item in items] == [n / 10 for n in range(20)]
+    assert all(item.payload is items[0].payload for item in items)
+    assert items[0].payload == data
+
+
+def test_segments_of_a_large_source_are_read_by_seeking(storage, monkeypatch):
+    noise = np.random.default_rng(0).uniform(-0.5, 0.5, 16_000 * 300).astype(np.float32)
+    soundfile.write(buffer := io.BytesIO(), noise, 16_000, format="WAV", subtype="PCM_16")
+    storage.write_atomic("long.wav", buffer.getvalue())
+    records = [{"audio_filepath": "long.wav", "offset": start, "duration": 1.0} for start in (10.0, 250.0)]
+    storage.write_atomic("m.jsonl", jsonl(*records, {"audio_filepath": "long.wav", "offset": 400.0, "duration": 1.0}))
+    monkeypatch.setattr(jobs.sources, "WHOLE_BYTES", 1 << 20)
+    items = read(storage, "m.jsonl")
+    assert [type(item.payload) for item in items] == [SourceFile] * 3
+    for item in items[:2]:
+        waveform = load_audio(item.payload, offset_s=item.offset_s, duration_s=item.duration_s).waveform
+        start = int(item.offset_s * 16_000)
+        assert np.abs(waveform - noise[start : start + 16_000]).max() < 1e-4
+    with pytest.raises(InputError) as caught:
+        load_audio(items[2].payload, offset_s=400.0, duration_s=1.0)
+    assert caught.value.kind == ErrorKind.BAD_SEGMENT
+
+
+def test_a_source_file_remembers_the_failure_that_a_decoder_cannot_pass_on(tmp_path):
+    path = tmp_path / "x"
+    path.write_bytes(b"12345")
+    file = SourceFile(str(path), Storage(str(tmp_path)).options)
+    os.close(file._file.fileno())  # a real failing read
+    with pytest.raises(InputError) as caught:
+        file.read(3)
+    assert caught.value.kind == ErrorKind.STORAGE
+    with pytest.raises(InputError):
+        file.raise_error()
+    file._file.close = lambda: None  # its descriptor is gone already
+
+
+def test_missing_empty_and_rejected_files_are_items(storage):
+    storage.write_atomic("empty.wav", b"")
+    storage.write_atomic("text.wav", b"this is text")
+    lines = [
+        {"audio_filepath": "empty.wav"},
+        {"audio_filepath": "none.wav"},
+        "not json",
+        {"audio_filepath": "text.wav"},
+    ]
+    storage.write_atomic("m.jsonl", jsonl(*lines))
+    items = read(storage, "m.jsonl")
+    assert kinds(items) == {
+        "empty.wav": "bytes",
+        "none.wav": "missing_object",
+        "m.jsonl#line3": "bad_record",
+        "text.wav": "bytes",
+    }
+
+
+def test_forbidden_file_is_an_item(tmp_path):
+    (tmp_path / "a.wav").write_bytes(b"1")
+    (tmp_path / "a.wav").chmod(0)
+    if os.access(tmp_path / "a.wav", os.R_OK):
+        pytest.skip("this user may read everything")
+    assert kinds(read(Storage(str(tmp_path)))) == {"a.wav": "forbidden"}
+
+
+def test_wrong_key_makes_every_item_forbidden(s3_server):
+    storage = Storage(f"s3://{s3_server.bucket()}", s3_server.options)
+    storage.write_atomic("a.wav", b"1")
+    scan = scan_input(InputOptions(storage.url, storage=storage.options))
+    rows = pa.Table.from_batches(scan.batches())
+    wrong = type(storage.options)(s3_server.endpoint_url, "us-east-1", s3_server.key, "wrong-secret")
+    assert kinds(list(read_items(rows, wrong))) == {"a.wav": "forbidden"}
+
+
+def test_a_consumer_that_stops_early_stops_the_fetching(storage):
+    for n in range(100):
+        storage.write_atomic(f"{n:03d}.wav", b"x" * 1000)
+    scan = scan_input(InputOptions(storage.url, storage=storage.options))
+    items = read_items(pa.Table.from_batches(scan.batches()), storage.options)
+    next(items)
+    items.close()
+    assert not [t for t in threading.enumerate() if t.name.startswith("fetch") and t.is_alive() and t.join(5)]
+
+
+TAR = {
+    "sub/a.wav": audio_bytes(0.1),
+    "sub/a.txt": b" hello \n",
+    "sub/a.json": b'{"speaker": 1, "text": "not this"}',
+    "sub/b.flac": audio_bytes(0.2, "FLAC"),
+    "sub/b.json": b'{"transcription": "from json"}',
+    "c.left.wav": audio_bytes(0.1),
+    "c.right.wav": audio_bytes(0.1),
+    "d.txt": b"no audio here",
+    "../../etc/e.wav": audio_bytes(0.1),
+    "f.wav": b"",
+    "g.json": b"{broken",
+    "g.wav": audio_bytes(0.1),
+    "b.wav": audio_bytes(0.1),
+}
+
+
+@pytest.mark.parametrize("mode", ["w", "w:gz"])
+def test_tar_members_become_items(storage, mode):
+    name = "x.tar" if mode == "w" else "x.tar.gz"
+    storage.write_atomic(name, tar_bytes(TAR, mode))
+    items = read(storage)
+    found = {item.id.removeprefix(f"{name}/"): (item.member, item.reference, item.extra) for item in items}
+    assert found == {
+        "sub/a": ("sub/a.wav", "hello", '{"speaker": 1, "text": "not this"}'),
+        "sub/b": ("sub/b.flac", "from json", '{"transcription": "from json"}'),
+        "c": ("c.left.wav", None, None),
+        "c~2": ("c.right.wav", None, None),
+        "../../etc/e": ("../../etc/e.wav", None, None),
+        "f": ("f.wav", None, None),
+        "g": ("g.wav", None, '{"json": "{broken"}'),
+        "b": ("b.wav", None, None),
+    }
+    assert all(item.payload == TAR[item.member] for item in items)
+    assert {item.source for item in items} == {storage.source(name)}
+
+
+def test_every_cut_of_a_tar_gives_its_whole_members_and_one_error(tmp_path):
+    members = {f"{n}.wav": audio_bytes(0.01) for n in range(4)}
+    members["3.wav"] = members["3.wav"][:44] + bytes(1000)  # ends in zeros, as silence does
+    whole = tar_bytes(members)
+    end = whole.rindex(bytes(1024))  # at or before the end mark
+    member_bytes = 512 + -(-len(members["0.wav"]) // 512) * 512
+    marks = [n * member_bytes + shift for n in range(4) for shift in (-1, 0, 1, 511, 512, 600)]
+    for cut in [mark for mark in marks if 0 < mark < end]:
+        (tmp_path / "x.tar").write_bytes(whole[:cut])
+        items = read(Storage(str(tmp_path)))
+        good = [item for item in items if isinstance(item.payload, bytes)]
+        assert [item.payload for item in good] == list(members.values())[: len(good)]
+        assert len(good) >= cut // member_bytes - (cut % member_bytes < 0)
+        assert kinds(items[len(good) :]) == {"x.tar#rest": "torn_archive"}, cut
+
+
+def test_torn_gzip_and_damaged_header_are_one_error_each(tmp_path):
+    rng = np.random.default_rng(1)
+    members = {f"{n}.wav": rng.bytes(5000) for n in range(20)}
+    packed = tar_bytes(members, "w:gz")
+    (tmp_path / "cut.tar.gz").write_bytes(packed[: len(packed) // 2])
+    (tmp_path / "crc.tar.gz").write_bytes(packed[:-8] + b"12345678")
+    damaged = bytearray(tar_bytes(members))
+    damaged[5 * 5632 + 100 : 5 * 5632 + 200] = b"?" * 100  # inside the header of the sixth member
+    (tmp_path / "header.tar").write_bytes(damaged)
+    (tmp_path / "zero.tar").write_bytes(b"")
+    (tmp_path / "text.tar").write_bytes(b"this is not a tar" * 100)
+    items = read(Storage(str(tmp_path)))
+    errors = {item.id: item.payload.kind for item in items if isinstance(item.payload, InputError)}
+    names = ("cut.tar.gz", "crc.tar.gz", "header.tar", "zero.tar", "text.tar")
+    assert errors == {f"{name}#rest": "torn_archive" for name in names}
+    good = {name: sum(i.id.startswith(name) and isinstance(i.payload, bytes) for i in items) for name in names}
+    assert good["header.tar"] == 5
+    assert 5 <= good["cut.tar.gz"] < 20
+    assert good["crc.tar.gz"] == 20
+
+
+def test_links_and_devices_in_a_tar_are_never_followed(tmp_path):
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        for name, kind in {"s.wav": tarfile.SYMTYPE, "h.wav": tarfile.LNKTYPE, "d.wav": tarfile.CHRTYPE}.items():
+            header = tarfile.TarInfo(name)
+            header.type, header.linkname = kind, "/etc/passwd"
+            archive.addfile(header)
+    (tmp_path / "x.tar").write_bytes(buffer.getvalue())
+    assert kinds(read(Storage(str(tmp_path)))) == dict.fromkeys(["x.tar/s", "x.tar/h", "x.tar/d"], "bad_record")
+
+
+def test_missing_tar_is_one_error(storage):
+    batch = plan_batch("tar", {"id": ["gone.tar"], "source": [storage.source("gone.tar")]})
+    assert kinds(list(read_items(pa.Table.from_batches([batch]), storage.options))) == {
+        "gone.tar#rest": "missing_object"
+    }
+
+
+def test_a_gzip_bomb_costs_one_row_and_little_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr("jobs.reading_containers.MAX_MEMBER_BYTES", 1 << 20)
+    with gzip.open(tmp_path / "x.tar.gz", "wb", compresslevel=1) as file:
+        file.write(tar_bytes({"a.wav": bytes(64 << 20), "b.wav": audio_bytes(0.1)}))
+    assert kinds(read(Storage(str(tmp_path)))) == {"x.tar.gz/a": "too_long", "x.tar.gz/b": "bytes"}
+
+
+def parquet_bytes(rows: int, group: int) -> bytes:
+    audio = [{"bytes": audio_bytes(0.01 * (n + 1)), "path": f"{n}.wav"} for n in range(rows)]
+    audio[1] = None
+    audio[2] = {"bytes": None, "path": "/etc/passwd"}
+    sink = pa.BufferOutputStream()
+    table = pa.table({"audio": audio, "sentence": [f"t{n}" for n in range(rows)], "n": list(range(rows))})
+    table = table.append_column("accent", pa.array(["x"] * rows).dictionary_encode())
+    pq.write_table(table, sink, row_group_size=group)
+    return sink.getvalue().to_pybytes()
+
+
+def test_parquet_rows_become_items(storage):
+    storage.write_atomic("d/t.parquet", parquet_bytes(40, 25))
+    items = read(storage, "d")
+    assert [item.id for item in items] == [f"t.parquet#{n}" for n in range(40)]
+    assert kinds(items)["t.parquet#1"] == "bad_record"
+    assert kinds(items)["t.parquet#2"] == "bad_record"
+    assert items[3].payload == audio_bytes(0.04)
+    assert (items[30].reference, items[30].member) == ("t30", "30.wav")
+    assert json.loads(items[30].extra)["n"] == 30
+
+
+def test_damaged_parquet_pages_give_an_error_for_each_missing_row(tmp_path):
+    data = bytearray(parquet_bytes(40, 40))
+    middle = len(data) // 2
+    data[middle : middle + 4000] = bytes(4000)
+    (tmp_path / "t.parquet").write_bytes(data)
+    items = read(Storage(str(tmp_path)))
+    assert [item.id for item in items] == [f"t.parquet#{n}" for n in range(40)]
+    assert "torn_archive" in kinds(items).values()
+
+
+def test_a_public_name_that_leads_to_a_private_address_is_refused():
+    """The check is on the connected socket: a server of ours on the loopback stands for the private host."""
+    seen = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            seen.append(self.path)
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.handle_request, daemon=True).start()
+        with pytest.raises(InputError) as caught:
+            # A public name that resolves to 127.0.0.1: nothing in the text of the URL shows it.
+            fetch_through_name(f"http://rebound.example:{server.server_port}/secret")
+    assert caught.value.kind == ErrorKind.BAD_RECORD
+    assert seen == []
+
+
+def fetch_through_name(url: str) -> bytes:
+    import socket
+
+    original = socket.getaddrinfo
+
+    def resolve(host, *arguments, **named):
+        return original("127.0.0.1" if host == "rebound.example" else host, *arguments, **named)
+
+    socket.getaddrinfo = resolve
+    try:
+        return fetch_http(url)
+    finally:
+        socket.getaddrinfo = original
