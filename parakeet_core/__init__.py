@@ -1,19 +1,30 @@
-"""Parakeet CTC speech recognition: the model and its steps, without Ray and without object stores."""
+"""Parakeet CTC speech recognition: the model and its steps, without Ray and without object stores.
 
-from parakeet_core.audio import decode_audio
-from parakeet_core.checkpoint import load_checkpoint
-from parakeet_core.errors import CheckpointError, ConfigError, ErrorKind, InputError, ParakeetError
-from parakeet_core.transcriber import Transcriber, Transcript
+Names are imported when first used, so that a step which needs no audio library runs without one.
+"""
 
-__all__ = [
-    "CheckpointError",
-    "ConfigError",
-    "ErrorKind",
-    "InputError",
-    "ParakeetError",
-    "Transcriber",
-    "Transcript",
-    "decode_audio",
-    "load_checkpoint",
-]
+from importlib import import_module
+
+_HOME = {
+    "CheckpointError": "errors",
+    "ConfigError": "errors",
+    "ErrorKind": "errors",
+    "InputError": "errors",
+    "ParakeetError": "errors",
+    "Transcriber": "transcriber",
+    "Transcript": "transcriber",
+    "decode_audio": "audio",
+    "load_checkpoint": "checkpoint",
+}
+__all__ = list(_HOME)
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str):
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
