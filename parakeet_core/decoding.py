@@ -3,6 +3,7 @@
 Shapes: `B` batch, `U` encoder frames, `V` vocabulary with blank, `N` tokens.
 """
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -135,7 +136,7 @@ def group_words(tokens: Tokens, tokenizer: Tokenizer, frame_s: float) -> list[Wo
     ids = tokens.ids.tolist()
     begins = [index for index, i in enumerate(ids) if index == 0 or tokenizer.pieces[i].startswith(WORD_START)]
     words = []
-    for begin, end in zip(begins, [*begins[1:], len(ids)], strict=True):
+    for begin, end in itertools.pairwise([*begins, len(ids)]):
         start_s, end_s = float(tokens.starts[begin]) * frame_s, float(tokens.ends[end - 1]) * frame_s
         confidence = float(tokens.scores[begin:end].mean())
         # One group is several words only where a piece itself holds a space, as the unknown piece does.
