@@ -1,0 +1,73 @@
+"""Plan a synthetic listing and print items, shards, seconds and the peak of resident memory as JSON.
+
+    python tests/jobs/plan_synthetic.py ITEMS [OUTPUT]
+
+Run as its own process, so that the peak is that of planning alone. Also the way to show 10 million items in 2 GiB.
+"""
+
+import json
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import pyarrow as pa
+
+from jobs.inputs import InputOptions, scan_input
+from jobs.listing import LISTING_SCHEMA
+from jobs.plan_store import list_generations, planned_digests, write_plan
+from jobs.planning import plan_shards
+from jobs.storage import Storage
+
+BATCH = 16_384
+
+
+def synthetic_listing(items: int, first: int = 0) -> Iterator[pa.RecordBatch]:
+    """Names of 76 characters, as deep as real collections, and log-normal sizes around 300 kB."""
+    for start in range(first, first + items, BATCH):
+        numbers = np.arange(start, min(start + BATCH, first + items))
+        names = [
+            f"collection/language-en/speaker-{n % 20011:06d}/session-{n % 97:03d}/utterance-{n:012d}.flac"
+            for n in numbers
+        ]
+        sizes = np.random.default_rng(start).lognormal(12, 0.7, len(numbers)).astype(np.int64)
+        yield pa.record_batch([pa.array(names), pa.array(sizes)], schema=LISTING_SCHEMA)
+
+
+def peak_mib() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+
+
+def main(items: int, output: str) -> None:
+    base_mib, begin = peak_mib(), time.monotonic()
+    # The folder is empty: the headers of the sample are not there, so the nominal rate is used.
+    scan = scan_input(InputOptions(tempfile.mkdtemp(), format="files"), synthetic_listing(items))
+    listed = time.monotonic()
+    storage = Storage(output)
+    with plan_shards(scan.batches()) as plan:
+        planned = time.monotonic()
+        generation = write_plan(storage, plan)
+    stored = time.monotonic()
+    grown = scan_input(InputOptions(tempfile.mkdtemp(), format="files"), synthetic_listing(items + items // 100))
+    with plan_shards(grown.batches(), planned=planned_digests(storage), generation=1) as more:
+        new_items = more.items
+    facts = {
+        "items": generation.items,
+        "shards": generation.shards,
+        "files": len(generation.files),
+        "generations": len(list_generations(storage)),
+        "new_items": new_items,
+        "list_s": round(listed - begin, 1),
+        "plan_s": round(planned - listed, 1),
+        "store_s": round(stored - planned, 1),
+        "grow_s": round(time.monotonic() - stored, 1),
+        "base_mib": base_mib,
+        "peak_mib": peak_mib(),
+    }
+    print(json.dumps(facts))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2] if len(sys.argv) > 2 else tempfile.mkdtemp())

@@ -1,0 +1,309 @@
+"""jobs/planning.py, plan_store.py, sizing.py, plan_report.py: plan rows -> shards -> generations on storage."""
+
+import json
+import os
+import subprocess
+import sys
+from datetime import datetime
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from job_samples import SHARED_SPEECH, audio_bytes, jsonl, tar_bytes
+
+from jobs.inputs import InputOptions, scan_input
+from jobs.plan_report import describe_plan
+from jobs.plan_rows import digest_strings, plan_batch
+from jobs.plan_store import list_generations, planned_digests, read_plan, read_shard, write_plan
+from jobs.planning import PlanOptions, contains, plan_shards
+from jobs.storage import Storage
+from parakeet_core.errors import ConfigError
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def batches_of(rows: list[dict], size: int = 7, layout: str = "file") -> list[pa.RecordBatch]:
+    names = sorted({name for row in rows for name in row})
+    cut = [rows[start : start + size] for start in range(0, len(rows), size)]
+    return [plan_batch(layout, {name: [row.get(name) for row in part] for name in names}) for part in cut]
+
+
+def known_rows(count: int, seed: int = 0) -> list[dict]:
+    seconds = np.random.default_rng(seed).lognormal(2, 0.8, count)
+    return [
+        {"id": f"d{n % 5}/{n}.wav", "source": f"/x/d{n % 5}/{n}.wav", "audio_s": s, "items": 1}
+        for n, s in enumerate(seconds)
+    ]
+
+
+def stored_files(storage: Storage) -> dict[str, bytes]:
+    return {name: storage.read_bytes(f"plan/{name}") for name in storage.list_names("plan")}
+
+
+def all_rows(storage: Storage) -> list[dict]:
+    shards = read_plan(storage).to_pylist()
+    return [row for s in shards for row in read_shard(storage, s["plan_file"], s["row_group"]).to_pylist()]
+
+
+def test_the_order_of_the_listing_does_not_enter(tmp_path):
+    rows = known_rows(600)
+    options = PlanOptions(shard_audio_s=300)
+    stored = []
+    for seed in range(3):
+        shuffled = [rows[n] for n in np.random.default_rng(seed).permutation(len(rows))]
+        storage = Storage(str(tmp_path / str(seed)))
+        with plan_shards(batches_of(shuffled, size=50 + seed), options) as plan:
+            write_plan(storage, plan)
+        stored.append(stored_files(storage))
+    assert stored[0] == stored[1] == stored[2]
+    assert len(stored[0]) == 3
+
+
+def test_every_row_is_in_one_shard_and_shards_hold_their_limits(storage):
+    rows = known_rows(900)
+    with plan_shards(batches_of(rows), PlanOptions(shard_audio_s=200, shard_items=30)) as plan:
+        write_plan(storage, plan)
+    shards = read_plan(storage).to_pylist()
+    seconds = {row["id"]: row["audio_s"] for row in rows}
+    seen = []
+    for shard in shards:
+        held = read_shard(storage, shard["plan_file"], shard["row_group"])
+        assert len(held) == shard["rows"] <= 30
+        assert sum(held["audio_s"].to_pylist()) == pytest.approx(shard["audio_s"], rel=1e-5)
+        assert shard["audio_s"] <= 200 or len(held) == 1
+        assert held["id"].to_pylist() == sorted(held["id"].to_pylist())
+        seen += held["id"].to_pylist()
+    assert sorted(seen) == sorted(seconds)
+    assert {row["id"]: row["audio_s"] for row in all_rows(storage)} == seconds
+    assert [s["shard"] for s in shards] == [f"0000-{n:06d}" for n in range(len(shards))]
+    assert all(a["audio_s"] >= b["audio_s"] for a, b in zip(shards, shards[1:], strict=False))
+
+
+def test_lengths_within_a_shard_are_similar():
+    with plan_shards(batches_of(known_rows(5000), 1000), PlanOptions(shard_audio_s=300)) as plan:
+        spreads = [np.ptp(np.log2(plan.facts.audio_s[plan.shard_of == n])) for n in range(plan.shards)]
+    assert np.median(spreads) <= 0.26  # a quarter of an octave, and a little for float32
+
+
+def test_segments_of_a_source_stay_together_where_they_fit():
+    rows = [
+        {"id": f"{source}#{n}", "source": f"/x/{source}", "offset_s": float(n * 10), "audio_s": 10.0, "items": 1}
+        for n in range(20)
+        for source in ("a", "b", "c", "long")
+    ]
+    rows += [
+        {"id": f"long#{n}", "source": "/x/long", "offset_s": n * 10.0, "audio_s": 10.0, "items": 1}
+        for n in range(20, 90)
+    ]
+    with plan_shards(batches_of(rows), PlanOptions(shard_audio_s=300)) as plan:
+        homes: dict[str, set] = {}
+        for row, shard in zip(rows, plan.shard_of.tolist(), strict=True):
+            homes.setdefault(row["source"], set()).add(shard)
+        assert {source: len(found) for source, found in homes.items() if source != "/x/long"} == {
+            "/x/a": 1,
+            "/x/b": 1,
+            "/x/c": 1,
+        }
+        assert len(homes["/x/long"]) in (3, 4)
+        assert plan.shard_audio.max() <= 300
+        long = [
+            (row["offset_s"], shard)
+            for row, shard in zip(rows, plan.shard_of.tolist(), strict=True)
+            if row["source"] == "/x/long"
+        ]
+        changes = sum(a[1] != b[1] for a, b in zip(sorted(long), sorted(long)[1:], strict=False))
+        assert changes == len(homes["/x/long"]) - 1  # consecutive segments
+
+
+def test_repeated_ids_are_made_unique_in_input_order(storage):
+    ids = ["a", "b", "a", "a~2", "a", "b", "c", "a~2"]
+    rows = [{"id": x, "source": f"/x/{n}", "audio_s": 1.0, "items": 1} for n, x in enumerate(ids)]
+    with plan_shards(batches_of(rows, 3)) as plan:
+        assert plan.duplicates == 5
+        write_plan(storage, plan)
+    found = {row["source"]: row["id"] for row in all_rows(storage)}
+    assert [found[f"/x/{n}"] for n in range(3)] == ["a", "b", "a~2"]
+    assert found["/x/4"] == "a~3"
+    assert found["/x/5"] == "b~2"
+    assert len(set(found.values())) == len(ids)
+
+
+@given(st.lists(st.sampled_from(["a", "a~2", "a~3", "a~2~2", "b", "b~2", ""]), max_size=40))
+@settings(max_examples=60, deadline=None)
+def test_any_repetition_ends_unique_and_keeps_the_first(ids):
+    rows = [{"id": x, "source": f"/x/{n}", "audio_s": 1.0, "items": 1} for n, x in enumerate(ids)]
+    with plan_shards(batches_of(rows, 5)) as plan:
+        assert len(np.unique(plan.facts.digest, axis=0)) == len(ids)
+        expected = digest_strings(pa.array(ids[:1], pa.string()))
+        assert (plan.facts.digest[:1] == expected).all()
+
+
+@given(st.lists(st.integers(0, 3), max_size=30), st.lists(st.integers(0, 3), max_size=30))
+@settings(max_examples=60, deadline=None)
+def test_contains_agrees_with_a_set_even_when_half_digests_collide(known, asked):
+    def digests(numbers):
+        return np.array([[n // 2, n % 2] for n in numbers], np.uint64).reshape(-1, 2)
+
+    assert contains(digests(known), digests(asked)).tolist() == [n in set(known) for n in asked]
+
+
+def test_a_grown_input_becomes_a_generation_of_the_new_items(storage):
+    rows = known_rows(300)
+    with plan_shards(batches_of(rows[:200]), PlanOptions(shard_audio_s=200)) as plan:
+        write_plan(storage, plan)
+    before = stored_files(storage)
+    with plan_shards(batches_of(rows), PlanOptions(shard_audio_s=200), planned_digests(storage), 1) as plan:
+        assert (plan.items, plan.already_planned) == (100, 200)
+        write_plan(storage, plan)
+    after = stored_files(storage)
+    assert {name: after[name] for name in before} == before
+    assert [g.rows for g in list_generations(storage)] == [200, 100]
+    assert sorted(row["id"] for row in all_rows(storage)) == sorted(row["id"] for row in rows)
+    shards = read_plan(storage)["shard"].to_pylist()
+    assert len(set(shards)) == len(shards)
+    with plan_shards(batches_of(rows), PlanOptions(), planned_digests(storage), 2) as plan:
+        assert plan.shards == 0
+        with pytest.raises(ConfigError, match="nothing in the input is new"):
+            write_plan(storage, plan)
+    assert len(list_generations(storage)) == 2
+
+
+def test_interrupted_planning_leaves_no_generation(tmp_path):
+    """Killed after each of its writes in turn: the next run plans the same files."""
+    rows = known_rows(100)
+
+    class Interrupted(Storage):
+        def __init__(self, url, writes):
+            super().__init__(url)
+            self.writes = writes
+
+        def write_atomic(self, *arguments, **named):
+            if self.writes == 0:
+                raise KeyboardInterrupt
+            self.writes -= 1
+            return super().write_atomic(*arguments, **named)
+
+    whole = Storage(str(tmp_path / "whole"))
+    with plan_shards(batches_of(rows)) as plan:
+        write_plan(whole, plan)
+        for writes in range(len(stored_files(whole))):
+            url = str(tmp_path / str(writes))
+            with pytest.raises(KeyboardInterrupt):
+                write_plan(Interrupted(url, writes), plan)
+            assert list_generations(Storage(url)) == []
+            assert len(read_plan(Storage(url))) == 0
+            write_plan(Storage(url), plan)
+            assert stored_files(Storage(url)) == stored_files(whole)
+
+
+def test_of_two_drivers_that_plan_at_once_one_plan_holds(tmp_path):
+    storage = Storage(str(tmp_path))
+    with plan_shards(batches_of(known_rows(50))) as first, plan_shards(batches_of(known_rows(60))) as second:
+        write_plan(storage, first)
+        committed = write_plan(storage, second)
+    assert committed.fingerprint == first.fingerprint
+    assert len(all_rows(storage)) == 50
+
+
+def test_a_missing_generation_and_a_foreign_file_are_refused(tmp_path):
+    storage = Storage(str(tmp_path))
+    with plan_shards(batches_of(known_rows(5)), generation=1) as plan:
+        write_plan(storage, plan)
+    with pytest.raises(ConfigError, match="without a gap"):
+        list_generations(storage)
+    storage.write_atomic("plan/plan-0000.json", b"{}")
+    with pytest.raises(ConfigError, match="not a plan"):
+        list_generations(storage)
+
+
+def test_many_plan_files_and_buckets_hold_every_row(tmp_path, monkeypatch):
+    monkeypatch.setattr("jobs.plan_store.BUCKET_ROWS", 300)
+    storage = Storage(str(tmp_path))
+    rows = known_rows(2000)
+    with plan_shards(batches_of(rows, 333), PlanOptions(shard_audio_s=1, shard_items=2)) as plan:
+        generation = write_plan(storage, plan)
+    assert len(generation.files) > 5
+    assert sorted(row["id"] for row in all_rows(storage)) == sorted(row["id"] for row in rows)
+
+
+def test_bad_options_are_refused():
+    for bad in ({"shard_audio_s": 0}, {"shard_audio_s": float("nan")}, {"shard_items": 0}):
+        with pytest.raises(ConfigError):
+            PlanOptions(**bad)
+
+
+def test_seconds_are_estimated_from_headers(storage):
+    for n in range(40):
+        storage.write_atomic(f"{n:02d}.wav", audio_bytes(0.5 + n / 20))
+        storage.write_atomic(f"{n:02d}.flac", audio_bytes(0.5 + n / 20, "FLAC"))
+    storage.write_atomic("broken.wav", b"not audio")
+    scan = scan_input(InputOptions(storage.url, storage=storage.options))
+    with plan_shards(scan.batches(), PlanOptions(storage=storage.options)) as plan:
+        assert plan.audio_s == pytest.approx(2 * sum(0.5 + n / 20 for n in range(40)), rel=0.1)
+        assert {rate.kind: rate.measured for rate in plan.rates}["flac"] == 32
+        report = describe_plan(plan, scan, rtfx=100, gpu_price_per_hour=2.0, now=datetime(2026, 1, 1))
+    assert report.items == 81
+    assert report.exact
+    assert report.gpu_hours == pytest.approx(report.hours / 100)
+    assert report.cost == pytest.approx(2 * report.gpu_hours)
+    assert sum(count for *_, count in report.lengths) == 81
+    assert 0 < report.padding_share < 0.5
+    assert any("small files" in warning for warning in report.warnings)
+    assert "32 headers" in report.hours_basis
+    assert any(line.startswith("items     81") for line in report.lines())
+
+
+def test_a_dry_run_writes_nothing(tmp_path):
+    source = tmp_path / "in"
+    Storage(str(source)).write_atomic("a.wav", audio_bytes(1.0))
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    scan = scan_input(InputOptions(str(source)))
+    with plan_shards(scan.batches()) as plan:
+        assert describe_plan(plan, scan).lines()
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+def test_tars_and_manifests_without_durations_are_estimated(storage):
+    members = {f"{n}.wav": audio_bytes(2.0) for n in range(20)}
+    for n in range(3):
+        storage.write_atomic(f"tars/{n}.tar", tar_bytes(members))
+    scan = scan_input(InputOptions(f"{storage.url}/tars", storage=storage.options))
+    with plan_shards(scan.batches(), PlanOptions(storage=storage.options)) as plan:
+        assert plan.audio_s == pytest.approx(120, rel=0.1)
+        assert not plan.exact
+        assert any(line.startswith("items     at least 0") for line in describe_plan(plan, scan).lines())
+    for n in range(10):
+        storage.write_atomic(f"m/{n}.wav", audio_bytes(1.0 + n))
+    storage.write_atomic("m/m.jsonl", jsonl(*({"audio_filepath": f"{n}.wav"} for n in range(10))))
+    scan = scan_input(InputOptions(f"{storage.url}/m/m.jsonl", storage=storage.options))
+    with plan_shards(scan.batches(), PlanOptions(storage=storage.options)) as plan:
+        assert plan.audio_s == pytest.approx(55, rel=0.01)
+
+
+@pytest.mark.skipif(not SHARED_SPEECH.exists(), reason="shared/speech is not here")
+def test_estimated_hours_of_real_speech_agree_with_the_manifest():
+    def planned(name):
+        scan = scan_input(InputOptions(str(SHARED_SPEECH / name)))
+        with plan_shards(scan.batches()) as plan:
+            return plan.audio_s, plan.items
+
+    estimated, files = planned("librispeech-dev-clean")
+    stated, lines = planned("librispeech-dev-clean.jsonl")
+    assert files == lines == 1313
+    assert estimated == pytest.approx(stated, rel=0.1)
+
+
+def test_a_million_items_are_planned_in_bounded_memory(tmp_path):
+    """Measured: 506 MiB at 1e6 items. The limit is what keeps 1e7 items under 2 GiB (see plan_synthetic.py)."""
+    script = Path(__file__).with_name("plan_synthetic.py")
+    command = [sys.executable, str(script), "1000000", str(tmp_path)]
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=True)
+    facts = json.loads(done.stdout)
+    print(facts)
+    assert facts["items"] == 1_000_000
+    assert facts["new_items"] == 10_000
+    assert facts["peak_mib"] < 700
