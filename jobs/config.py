@@ -1,6 +1,5 @@
 """The options of the transcription job: one dataclass, checked when it is built, and the command line from it."""
 
-import dataclasses
 import os
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -35,32 +34,16 @@ PoolOption = Annotated[
 ]
 
 
-@dataclass(frozen=True)
-class TranscribeConfig:
-    """Transcribe audio in object storage into one Parquet table."""
+@dataclass(frozen=True, kw_only=True)
+class InputConfig:
+    """What to read, and how it is cut into shards."""
 
     input: str
     """Folder, glob, JSONL manifest, WebDataset tars or Parquet files: a path or URL (s3://bucket/prefix)."""
-    output: str
-    """Folder for the table (OUTPUT/transcripts/) and everything about it: a path or URL."""
-    model: str
-    """Checkpoint: a Hugging Face directory or .nemo file (path or URL), or a Hugging Face model id."""
     format: Literal["auto", "files", "manifest", "webdataset", "parquet"] = "auto"
     """Layout of the input; auto decides from the listing."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: cuda if the cluster has a GPU now. On a cluster that starts without GPU nodes, say cuda."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of the model; auto: bfloat16 on cuda, float32 on the CPU."""
-    dry_run: bool = False
-    """Only list the input, read headers and say what the job would be. Writes nothing."""
-    max_error_rate: float = 0.01
-    """Share of items that may end as error rows before the job exits with 3."""
     shard_audio_s: float | None = None
     """Seconds of audio per shard, the unit of commit; default a 64th of the input, between 120 and 1800."""
-    feature_actors: PoolOption | None = None
-    """CPU actors that read, decode and compute features; default from the cluster's CPUs."""
-    model_actors: PoolOption | None = None
-    """Actors that run the model, one GPU each, or one CPU thread each; default from the cluster."""
     s3_endpoint_url: str | None = None
     """S3 endpoint other than AWS; default AWS_ENDPOINT_URL. Credentials come from the usual AWS variables only."""
     s3_region: str | None = None
@@ -71,27 +54,20 @@ class TranscribeConfig:
     """Let a manifest in an object store name local files."""
     allow_http: bool = False
     """Let manifests name http(s) URLs of public hosts."""
-    ray_address: str | None = None
-    """Cluster to join; default RAY_ADDRESS (set by `ray job submit`), else a new local one."""
     rtfx: float | None = None
-    """For --dry-run: expected seconds of audio per second and GPU."""
+    """For a dry run: expected seconds of audio per second and GPU."""
+    gpus: int = 1
+    """For a dry run: GPUs that work at a time."""
     gpu_hour_price: float | None = None
-    """For --dry-run: price of one GPU hour, any currency."""
+    """For a dry run: price of one GPU hour, any currency."""
 
     def __post_init__(self):
-        if not 0 <= self.max_error_rate <= 1:
-            raise ConfigError(f"--max-error-rate {self.max_error_rate}: expected a share from 0 to 1")
-        for name in ("feature_actors", "model_actors"):
-            pool = getattr(self, name)
-            if pool is not None and not 1 <= pool[0] <= pool[1]:
-                raise ConfigError(f"--{name.replace('_', '-')} {pool[0]}:{pool[1]}: expected 1 <= MIN <= MAX")
-        for name in ("rtfx", "gpu_hour_price"):
+        if not self.input:
+            raise ConfigError("--input is empty")
+        for name in ("rtfx", "gpus", "gpu_hour_price"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ConfigError(f"--{name.replace('_', '-')} {value}: expected more than 0")
-        for name in ("input", "output", "model"):
-            if not getattr(self, name):
-                raise ConfigError(f"--{name} is empty")
         self.planning(), self.reading()  # their own checks
 
     def storage(self) -> StorageOptions:
@@ -119,6 +95,38 @@ class TranscribeConfig:
     def planning(self) -> PlanOptions:
         return PlanOptions(shard_audio_s=self.shard_audio_s, storage=self.storage())
 
-    def as_record(self) -> dict:
-        """The options as JSON-ready values, to be stored with the output. They hold no credential."""
-        return dataclasses.asdict(self)
+
+@dataclass(frozen=True, kw_only=True)
+class TranscribeConfig(InputConfig):
+    """Transcribe audio in object storage into one Parquet table."""
+
+    output: str
+    """Folder for the table (OUTPUT/transcripts/) and everything about it: a path or URL."""
+    model: str
+    """Checkpoint: a Hugging Face directory or .nemo file (path or URL), or a Hugging Face model id."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: cuda if the cluster has a GPU now. On a cluster that starts without GPU nodes, say cuda."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of the model; auto: as the output was begun, else bfloat16 on cuda and float32 on the CPU."""
+    dry_run: bool = False
+    """Only list the input, read headers and say what the job would be. Writes nothing."""
+    max_error_rate: float = 0.01
+    """Share of items that may end as error rows before the job exits with 3."""
+    feature_actors: PoolOption | None = None
+    """CPU actors that read, decode and compute features; default from the cluster's CPUs."""
+    model_actors: PoolOption | None = None
+    """Actors that run the model, one GPU each, or one CPU thread each; default from the cluster."""
+    ray_address: str | None = None
+    """Cluster to join; default RAY_ADDRESS (set by `ray job submit`), else a new local one."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 <= self.max_error_rate <= 1:
+            raise ConfigError(f"--max-error-rate {self.max_error_rate}: expected a share from 0 to 1")
+        for name in ("feature_actors", "model_actors"):
+            pool = getattr(self, name)
+            if pool is not None and not 1 <= pool[0] <= pool[1]:
+                raise ConfigError(f"--{name.replace('_', '-')} {pool[0]}:{pool[1]}: expected 1 <= MIN <= MAX")
+        for name in ("output", "model"):
+            if not getattr(self, name):
+                raise ConfigError(f"--{name} is empty")

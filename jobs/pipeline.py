@@ -1,6 +1,9 @@
 """The Ray Data graph of the job, and how its actors share a cluster. The one file that builds it.
 
-todo shards -> PrepareShards (CPU actors) -> RecogniseShards (GPU, else CPU actors) -> CommitShards -> results
+    todo shards -> PrepareShards (CPU actors) -> RecogniseShards (GPU actors) -> CommitShards (CPU) -> results
+
+Without a GPU one actor per CPU runs the three stages in turn (`ChainedStages`), unless the feature pool is sized by the
+user: nothing has to wait for anything else there, no bytes go through the object store, and fewer processes start.
 """
 
 from collections.abc import Iterator
@@ -12,17 +15,16 @@ import ray.data
 
 from jobs.config import PoolSize, TranscribeConfig
 from jobs.models import ModelReference
-from jobs.stages import CommitShards, PrepareShards, RecogniseShards
+from jobs.stages import ChainedStages, CommitShards, PrepareShards, RecogniseShards
 from jobs.storage import Storage, StorageOptions
 from parakeet_core.errors import ConfigError
 
-# Shares of a CPU that Ray accounts for. The commit actor and the actors of a GPU take none: they must find a place even
-# when feature actors hold every CPU. On a cluster without GPUs the shares let one feature actor and one model actor per
-# CPU start; the operating system divides the cores between them, and backpressure stops whichever is ahead.
-CPU_MODEL_SHARE = 0.6
-CPU_FEATURE_SHARE = 0.3
-GPU_FEATURE_SHARE = 1.0
-FEATURE_ACTORS_PER_MODEL = 4  # CPU: features take under a fifth of the model's time, so one feeds four model actors
+# Shares of a CPU that Ray accounts for. The commit actors and the actors of a GPU take none: they must find a place even
+# when feature actors hold every CPU.
+CHAINED_SHARE = 1.0
+FEATURE_SHARE = 1.0
+CPU_MODEL_SHARE = 0.5  # beside stated feature actors: the operating system divides the cores, backpressure the work
+MODELS_PER_COMMIT_ACTOR = 8  # text and Parquet of one shard take about 1 % of the model's time on a CPU
 
 PROCESS_BYTES = 600 << 20  # a worker with torch, pyarrow and soundfile loaded; measured 450 MiB
 READ_AHEAD_BYTES = 256 << 20  # encoded bytes that a feature actor may hold (reading.ReadLimits)
@@ -36,20 +38,24 @@ class Resources:
 
     Attributes:
         device: "cpu" or "cuda".
-        feature_pool, model_pool: fewest and most actors.
-        feature_cpus, model_cpus: CPUs accounted to each actor.
+        feature_pool, model_pool: fewest and most actors. No feature pool: the model actors run all stages.
+        model_cpus: CPUs accounted to each model actor.
         feature_bytes, model_bytes: memory accounted to each actor.
-        model_threads: CPU threads of a model actor.
     """
 
     device: str
-    feature_pool: PoolSize
+    feature_pool: PoolSize | None
     model_pool: PoolSize
-    feature_cpus: float
     model_cpus: float
     feature_bytes: int
     model_bytes: int
-    model_threads: int
+
+    def describe(self) -> str:
+        """The pools in words."""
+        model = f"{self.model_pool[0]}-{self.model_pool[1]} model actors"
+        if self.feature_pool is None:
+            return f"{model}, each reading, decoding and writing its own shards"
+        return f"{self.feature_pool[0]}-{self.feature_pool[1]} feature and {model}"
 
 
 def plan_resources(
@@ -80,17 +86,19 @@ def plan_resources(
         )
     models_wanted = gpus if device == "cuda" else cpus
     model_pool = config.model_actors or (1, _at_most(models_wanted, shards))
-    features_wanted = cpus - 1 if device == "cuda" else -(-model_pool[1] // FEATURE_ACTORS_PER_MODEL)
-    feature_pool = config.feature_actors or (1, _at_most(features_wanted, shards))
+    feature_pool = config.feature_actors
+    if feature_pool is None and device == "cuda":
+        feature_pool = (1, _at_most(cpus - 1, shards))
+    feature_bytes = READ_AHEAD_BYTES + int(2 * shard_audio_s * FEATURE_BYTES_PER_S)
+    model_bytes = PROCESS_BYTES + 2 * weight_bytes
+    model_cpus = 0.0 if device == "cuda" else CPU_MODEL_SHARE
     resources = Resources(
         device=device,
         feature_pool=feature_pool,
         model_pool=model_pool,
-        feature_cpus=GPU_FEATURE_SHARE if device == "cuda" else CPU_FEATURE_SHARE,
-        model_cpus=0 if device == "cuda" else CPU_MODEL_SHARE,
-        feature_bytes=PROCESS_BYTES + READ_AHEAD_BYTES + int(2 * shard_audio_s * FEATURE_BYTES_PER_S),
-        model_bytes=PROCESS_BYTES + 2 * weight_bytes,
-        model_threads=1,
+        model_cpus=model_cpus if feature_pool else CHAINED_SHARE,
+        feature_bytes=PROCESS_BYTES + feature_bytes,
+        model_bytes=model_bytes if feature_pool else model_bytes + feature_bytes,
     )
     _check_memory(resources, cluster)
     return resources
@@ -101,7 +109,8 @@ def _at_most(wanted: int, shards: int) -> int:
 
 
 def _check_memory(resources: Resources, cluster: dict[str, float]) -> None:
-    asked = resources.feature_pool[0] * resources.feature_bytes + resources.model_pool[0] * resources.model_bytes
+    features = resources.feature_pool[0] * resources.feature_bytes if resources.feature_pool else 0
+    asked = features + resources.model_pool[0] * resources.model_bytes
     available = cluster.get("memory", 0)
     if available and asked > available:
         raise ConfigError(
@@ -127,29 +136,30 @@ def run_shards(
         storage: how to reach the sources.
     """
     feature_dtype = "float32" if dtype == "float32" else "float16"
+    prepare = (PrepareShards, (output, storage, model.config.frontend, feature_dtype))
+    recognise = (RecogniseShards, (model, dtype, resources.device, feature_dtype))
+    commit = (CommitShards, (output, model.tokenizer, model.config.encoder_frame_s, fingerprint, provenance))
+    model_pool = _pool(resources.model_pool, resources.model_cpus, resources.model_bytes)
     context = ray.data.DataContext.get_current().copy()
     context.target_max_block_size = BLOCK_BYTES_LIMIT
-    tasks = [{name: row[name] for name in ("shard", "plan_file", "row_group")} for row in todo.to_pylist()]
+    tasks = [{name: row[name] for name in ("shard", "plan_file", "row_group", "items")} for row in todo.to_pylist()]
     with ray.data.DataContext.current(context):
-        dataset = (
-            ray.data.from_items(tasks, override_num_blocks=len(tasks))
-            .map_batches(
-                PrepareShards,
-                fn_constructor_args=(output, storage, model.config.frontend, feature_dtype),
-                **_pool(resources.feature_pool, resources.feature_cpus, resources.feature_bytes),
+        dataset = ray.data.from_items(tasks, override_num_blocks=len(tasks))
+        if resources.feature_pool is None:
+            chain = ([prepare, recognise, commit],)
+            dataset = dataset.map_batches(ChainedStages, fn_constructor_args=chain, **model_pool)
+        else:
+            gpus = 1 if resources.device == "cuda" else 0
+            commit_pool = (1, -(-resources.model_pool[1] // MODELS_PER_COMMIT_ACTOR))
+            dataset = (
+                dataset.map_batches(
+                    prepare[0],
+                    fn_constructor_args=prepare[1],
+                    **_pool(resources.feature_pool, FEATURE_SHARE, resources.feature_bytes),
+                )
+                .map_batches(recognise[0], fn_constructor_args=recognise[1], num_gpus=gpus, **model_pool)
+                .map_batches(commit[0], fn_constructor_args=commit[1], **_pool(commit_pool, 0, PROCESS_BYTES))
             )
-            .map_batches(
-                RecogniseShards,
-                fn_constructor_args=(model, dtype, resources.device, feature_dtype, resources.model_threads),
-                num_gpus=1 if resources.device == "cuda" else 0,
-                **_pool(resources.model_pool, resources.model_cpus, resources.model_bytes),
-            )
-            .map_batches(
-                CommitShards,
-                fn_constructor_args=(output, model.tokenizer, model.config.encoder_frame_s, fingerprint, provenance),
-                **_pool((1, max(1, resources.model_pool[1] // 4)), 0, PROCESS_BYTES),
-            )
-        )
         for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
             yield from batch.to_pylist()
 

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 
 import tyro
 
-from jobs.config import TranscribeConfig
+from jobs.config import InputConfig
 from jobs.inputs import scan_input
+from jobs.plan_report import describe_plan
 from jobs.planning import plan_shards
 from jobs.storage import scrub
 from parakeet_core.errors import ParakeetError
@@ -14,18 +15,19 @@ from parakeet_core.errors import ParakeetError
 EXIT_REFUSED = 2
 
 
-def dry_run(config: TranscribeConfig) -> int:
+def dry_run(config: InputConfig) -> int:
     """Print what the job would be; returns the exit status. Raises ConfigError."""
     scan = scan_input(config.reading())
     with plan_shards(scan.batches(), config.planning()) as plan:
-        print(plan)
+        report = describe_plan(plan, scan, config.rtfx, config.gpu_hour_price, config.gpus)
+    print("\n".join(report.lines()))
     return 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     try:
-        return dry_run(tyro.cli(TranscribeConfig, args=arguments, prog="python -m jobs.plan"))
+        return dry_run(tyro.cli(InputConfig, args=arguments, prog="python -m jobs.plan"))
     except ParakeetError as error:
         print(f"error: {scrub(str(error))}", file=sys.stderr)
         return EXIT_REFUSED

@@ -10,11 +10,10 @@ import numpy as np
 
 from jobs.inputs import InputScan
 from jobs.planning import Plan
+from parakeet_core.batching import plan_batches
 
 FRAMES_PER_S = 100  # log-mel frames, hop 10 ms
-BUDGET_FRAMES = (
-    60_000  # 10 min of padded audio per batch: the order of size that fills a GPU; only the share depends on it
-)
+BUDGET_FRAMES = 60_000  # 10 min of audio per batch: the order of size that fills a GPU; only the share depends on it
 PADDING_SHARDS = 64  # evenly spaced shards whose batches are laid out; the share changes by under 1 % with more
 SMALL_FILE_BYTES = 100_000  # below, the wait for a request (20-100 ms) is longer than the transfer
 LENGTH_EDGES_S = (0.0, 1.0, 2.0, 5.0, 10.0, 15.0, 20.0, 30.0, 60.0, 300.0, 3600.0, np.inf)
@@ -136,16 +135,13 @@ def expected_padding(plan: Plan) -> float | None:
     wanted[chosen] = True
     rows = np.flatnonzero((plan.shard_of >= 0) & ~plan.facts.rejected & ~plan.facts.container)
     rows = rows[wanted[plan.shard_of[rows]]]
-    rows = rows[np.lexsort((-plan.facts.audio_s[rows], plan.shard_of[rows]))]
-    frames = np.maximum(plan.facts.audio_s[rows].astype(np.float64) * FRAMES_PER_S, 1.0)
+    frames = np.maximum(plan.facts.audio_s[rows].astype(np.float64) * FRAMES_PER_S, 1).astype(np.int64)
+    order = np.argsort(plan.shard_of[rows], kind="stable")
     real = padded = 0.0
-    for shard in np.split(frames, np.flatnonzero(np.diff(plan.shard_of[rows])) + 1):
-        start = 0
-        while start < len(shard):
-            batch = shard[start : start + max(1, int(BUDGET_FRAMES / shard[start]))]
-            real += batch.sum()
-            padded += len(batch) * batch[0]
-            start += len(batch)
+    for shard in np.split(frames[order], np.flatnonzero(np.diff(plan.shard_of[rows][order])) + 1):
+        lens = shard.tolist()
+        real += sum(lens)
+        padded += sum(batch.frames * len(batch.indices) for batch in plan_batches(lens, BUDGET_FRAMES))
     return 1 - real / padded if padded else None
 
 

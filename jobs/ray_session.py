@@ -2,6 +2,7 @@
 
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -23,16 +24,31 @@ def ray_session(address: str | None) -> Iterator[dict[str, float]]:
     started = not ray.is_initialized()
     if started:
         address = address or os.environ.get(RAY_ADDRESS) or "local"
-        # Ray's C++ core writes advice to stderr from the driver; errors that matter come back as exceptions.
+        # Ray's C++ core writes advice to the driver's stderr; errors that matter come back as exceptions.
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
         local = {"include_dashboard": False} if address == "local" else {}
-        ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, **local)
+        with _without_stderr():  # where it would say that it has read the variable above
+            ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, **local)
     quiet_ray_data()
     try:
         yield ray.cluster_resources()
     finally:
         if started:
             ray.shutdown()
+
+
+@contextmanager
+def _without_stderr() -> Iterator[None]:
+    """Silence file descriptor 2, which C++ writes to past `sys.stderr`."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "w") as sink:
+            os.dup2(sink.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def quiet_ray_data() -> None:

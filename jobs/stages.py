@@ -101,6 +101,22 @@ def unpack_shard(block: pa.Table) -> tuple[str, pa.Table, StageClock]:
     return row["shard"][0].as_py(), pa.ipc.open_stream(row["payload"][0].as_buffer()).read_all(), clock
 
 
+class ChainedStages:
+    """Several stages as one actor.
+
+    Args:
+        stages: (class, constructor arguments) of each, in order.
+    """
+
+    def __init__(self, stages: list[tuple[type, tuple]]):
+        self.stages = [stage(*arguments) for stage, arguments in stages]
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        for stage in self.stages:
+            block = stage(block)
+        return block
+
+
 class PrepareShards:
     """Shard of the plan -> items with features.
 
@@ -123,6 +139,8 @@ class PrepareShards:
         clock = StageClock()
         rows = clock.timed("storage", read_shard, self.output, task["plan_file"], task["row_group"])
         prepared = [self._prepare(item, clock) for item in self._items(rows, clock)]
+        if task["items"] and len(prepared) != task["items"]:
+            raise RuntimeError(f"shard {task['shard']}: {len(prepared)} rows for {task['items']} planned items")
         columns = {field.name: [row.get(field.name) for row in prepared] for field in PREPARED_SCHEMA}
         return pack_shard(task["shard"], pa.table(columns, schema=PREPARED_SCHEMA), clock)
 
@@ -176,14 +194,10 @@ def measure_level(waveform: np.ndarray) -> dict[str, float]:
 
 
 class RecogniseShards:
-    """Items with features -> items with tokens, on one GPU or one share of the CPUs.
+    """Items with features -> items with tokens, on one GPU or one CPU thread."""
 
-    Args:
-        threads: CPU threads of the model.
-    """
-
-    def __init__(self, model: ModelReference, dtype: str, device: str, feature_dtype: str, threads: int):
-        torch.set_num_threads(threads)
+    def __init__(self, model: ModelReference, dtype: str, device: str, feature_dtype: str):
+        torch.set_num_threads(1)  # several actors with one thread each outrun one with several
         checkpoint = model.load(dtype, device)
         self.engine = Engine(checkpoint)
         self.n_mels = checkpoint.config.frontend.n_mels

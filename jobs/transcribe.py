@@ -128,7 +128,7 @@ def run(config: TranscribeConfig) -> Receipt:
         print("nothing to do: all planned shards are committed", file=sys.stderr)
         return _finish(state)
     with ray_session(config.ray_address) as cluster:
-        state, todo = _settle(state, cluster)
+        todo = _claim(state, todo, cluster)
         return _transcribe(state, todo, cluster)
 
 
@@ -184,16 +184,15 @@ def _missing_shards(state: Run) -> pa.Table:
     return state.shards.filter(pc.invert(pc.is_in(state.shards["shard"], pa.array(sorted(facts), pa.string()))))
 
 
-def _settle(state: Run, cluster: dict[str, float]) -> tuple[Run, pa.Table]:
-    """Fix device and dtype by what the cluster has, and claim the output for them."""
+def _claim(state: Run, todo: pa.Table | None, cluster: dict[str, float]) -> pa.Table:
+    """Fix device and dtype by what the cluster has, and claim the output for them; the shards to do."""
     config = state.config
     state.device = config.device if config.device != "auto" else ("cuda" if cluster.get("GPU") else "cpu")
     if state.identity is None:
         state.identity = _identity(state.model, "bfloat16" if state.device == "cuda" else "float32")
     try:
         claim_output(state.output, state.identity)
-        state.before = Tally()
-        return state, _missing_shards(state)
+        return _missing_shards(state) if todo is None else todo
     except InputError as error:
         raise ConfigError(f"the output cannot be used: {error.message}") from error
 
@@ -204,15 +203,14 @@ def _transcribe(state: Run, todo: pa.Table, cluster: dict[str, float]) -> Receip
     weight_bytes = state.model.parameters * DTYPES[dtype].itemsize
     resources = plan_resources(config, state.device, cluster, todo.num_rows, longest_s, weight_bytes)
     print(
-        f"run     {todo.num_rows} of {state.shards.num_rows} shards on {state.device} in {dtype}: "
-        f"{resources.feature_pool[0]}-{resources.feature_pool[1]} feature and "
-        f"{resources.model_pool[0]}-{resources.model_pool[1]} model actors",
+        f"run     {todo.num_rows} of {state.shards.num_rows} shards on {state.device} in {dtype}, "
+        f"{resources.describe()}",
         file=sys.stderr,
     )
     events = EventLog(state.output)
     events.add("start", fingerprint=state.fingerprint, shards=todo.num_rows, resources=vars(resources))
     total_s = pc.sum(state.shards["audio_s"]).as_py()
-    pools = {"features": resources.feature_pool[1], "model": resources.model_pool[1]}
+    pools = {"features": (resources.feature_pool or resources.model_pool)[1], "model": resources.model_pool[1]}
     display = ProgressDisplay(total_s, state.before.audio_s + state.before.lost_s, pools)
     state.now, state.throughput = display.tally, display.throughput
     try:

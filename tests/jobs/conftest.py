@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from job_layouts import prompt_records, write_layouts
 
 from jobs.storage import Storage, StorageOptions
 
@@ -74,3 +75,26 @@ def storage(request, tmp_path) -> Storage:
         return Storage(str(tmp_path / "storage"))
     server = request.getfixturevalue("s3_server")
     return Storage(f"s3://{server.bucket()}/storage", server.options)
+
+
+@pytest.fixture(scope="session")
+def ray_cluster():
+    """One local Ray for all job tests that do not break it; `jobs.transcribe.run` uses the session it finds."""
+    import ray
+
+    ray.init(
+        address="local",
+        num_cpus=2,
+        include_dashboard=False,
+        object_store_memory=200 << 20,
+        logging_level="ERROR",
+        log_to_driver=False,
+    )
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def layouts(tmp_path_factory) -> dict[str, Path]:
+    """Twelve carried prompts in the four layouts."""
+    return write_layouts(prompt_records(12), tmp_path_factory.mktemp("layouts"))

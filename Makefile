@@ -1,0 +1,38 @@
+# make demo and make test do all the set-up on a fresh machine with Python 3.11+, make and a C compiler.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: venv demo test test-all lint bench clean
+venv: $(STAMP)
+
+# torch first and pinned: later installs then find it and do not fetch another build.
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
+	touch $(STAMP)
+
+demo: venv
+	rm -rf demo-output
+	$(BIN)/python -m jobs.transcribe --input tests/data/prompts/prompts.jsonl --output demo-output --model tests/data/tiny-en
+	$(BIN)/python -m jobs.show demo-output
+
+test: venv
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: venv
+	$(BIN)/python -m pytest
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: venv
+	$(BIN)/python tests/bench/bench_features.py
+	$(BIN)/python tests/bench/bench_engine.py --quick
+	$(BIN)/python tests/bench/bench_transcribe.py
+
+clean:
+	rm -rf demo-output build *.egg-info .pytest_cache .ruff_cache .hypothesis

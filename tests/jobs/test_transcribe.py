@@ -1,0 +1,277 @@
+"""The job from end to end: real Ray, real audio, local disk and a real S3 server."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow.dataset as ds
+import pytest
+import soundfile
+from job_layouts import PROMPTS, TINY_EN, job_config, part_bytes, prompt_records, read_table
+from job_samples import audio_bytes
+
+from jobs.schema import TRANSCRIPT_SCHEMA
+from jobs.storage import Storage
+from jobs.transcribe import main, run
+from parakeet_core import ConfigError, Transcriber
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+
+@pytest.fixture(scope="module")
+def expected() -> dict[str, str]:
+    """Stem of a prompt -> its text, by the core alone in this process."""
+    names = [record["audio_filepath"] for record in prompt_records()]
+    transcripts = Transcriber.load(TINY_EN).transcribe([PROMPTS / name for name in names])
+    return {Path(name).stem: transcript.text for name, transcript in zip(names, transcripts, strict=True)}
+
+
+@pytest.fixture(scope="module")
+def finished(layouts, tmp_path_factory) -> Path:
+    """The output of one job over the manifest, for tests that only read it."""
+    output = tmp_path_factory.mktemp("finished") / "out"
+    receipt = run(job_config(layouts["manifest"], output, shard_audio_s=20))
+    assert receipt.exit_code == 0
+    return output
+
+
+def texts_by_stem(rows: list[dict]) -> dict[str, str]:
+    return {Path(row["member"] or row["source"]).stem: row["text"] for row in rows}
+
+
+@pytest.mark.parametrize("layout", ["files", "manifest", "webdataset", "parquet"])
+@pytest.mark.parametrize("place", ["local", "s3"])
+def test_every_layout_gives_the_same_texts(layout, place, layouts, expected, tmp_path, request, monkeypatch):
+    source, output = str(layouts[layout]), str(tmp_path / "out")
+    if place == "s3":
+        server = request.getfixturevalue("s3_server")
+        for name, value in (
+            ("ACCESS_KEY_ID", server.key),
+            ("SECRET_ACCESS_KEY", server.secret),
+            ("REGION", "us-east-1"),
+        ):
+            monkeypatch.setenv(f"AWS_{name}", value)
+        monkeypatch.setenv("AWS_ENDPOINT_URL", server.endpoint_url)
+        bucket = server.bucket()
+        folder = layouts[layout].parent if layout == "manifest" else layouts[layout]
+        shutil.copytree(folder, server.folder / bucket / "in")
+        source = f"s3://{bucket}/in" + ("/items.jsonl" if layout == "manifest" else "")
+        output = f"s3://{bucket}/out"
+    receipt = run(job_config(source, output, shard_audio_s=20))
+    assert (receipt.items_in, receipt.errors, receipt.exit_code) == (12, 0, 0)
+    assert receipt.items_in == receipt.ok + receipt.empty + receipt.errors
+    storage = job_config(source, output).storage()
+    rows = read_parts(Storage(output, storage))
+    assert len({row["id"] for row in rows}) == 12
+    by_path = {
+        stem: text
+        for stem, text in expected.items()
+        if stem in {Path(r["audio_filepath"]).stem for r in prompt_records(12)}
+    }
+    if layout == "parquet":  # ids are row numbers there; the reference tells which prompt a row is
+        assert sorted(row["text"] for row in rows) == sorted(by_path.values())
+    else:
+        assert texts_by_stem(rows) == by_path
+    if layout != "files":
+        assert receipt.wer is not None
+        assert {row["reference"] for row in rows} == {record["text"] for record in prompt_records(12)}
+
+
+def read_parts(output: Storage) -> list[dict]:
+    parts = [output.path(f"transcripts/{name}") for name in output.list_names("transcripts")]
+    return ds.dataset(parts, format="parquet", filesystem=output.fs).to_table().to_pylist()
+
+
+def test_table_holds_what_the_schema_says(finished):
+    table = ds.dataset(finished / "transcripts", format="parquet").to_table()
+    assert table.schema.remove_metadata().equals(TRANSCRIPT_SCHEMA)
+    assert {path.suffix for path in (finished / "transcripts").iterdir()} == {".parquet"}
+    durations = {record["audio_filepath"]: record["duration"] for record in prompt_records(12)}
+    for row in table.to_pylist():
+        assert row["status"] == "ok"
+        assert row["duration_s"] == pytest.approx(durations[row["id"]], abs=0.01)
+        assert " ".join(word["word"] for word in row["words"]) == " ".join(row["text"].split())
+        ends = [word["end_s"] for word in row["words"]]
+        starts = [word["start_s"] for word in row["words"]]
+        assert starts == sorted(starts)
+        assert all(start < end for start, end in zip(starts, ends, strict=True))
+        assert ends[-1] <= row["duration_s"] + 0.08
+        assert 0 < row["confidence"] <= 1
+        assert -80 < row["rms_dbfs"] < 0
+        assert json.loads(row["extra"])["prompt"]
+
+
+def test_levels_are_those_of_the_waveform(finished):
+    row = next(row for row in read_table(finished) if row["id"].endswith(".flac"))
+    waveform, _ = soundfile.read(PROMPTS / row["id"])
+    assert row["rms_dbfs"] == pytest.approx(10 * np.log10((waveform**2).mean()), abs=0.02)
+
+
+def test_parts_name_model_and_options(finished):
+    schema = ds.dataset(finished / "transcripts", format="parquet").schema
+    metadata = {key.decode(): value.decode() for key, value in schema.metadata.items()}
+    assert metadata["parakeet.schema_version"] == "1"
+    assert len(metadata["parakeet.weights_sha256"]) == 64
+    assert json.loads(metadata["parakeet.options"])["dtype"] == "float32"
+
+
+def test_other_readers_open_it_as_one_table(finished, tmp_path):
+    import datasets
+    import duckdb
+    import pandas
+    import polars
+
+    rows = read_table(finished)
+    wanted = [(row["id"], row["text"]) for row in rows]
+    pattern = f"{finished}/transcripts/*.parquet"
+    assert duckdb.sql(f"select id, text from '{pattern}' order by id").fetchall() == wanted
+    assert polars.read_parquet(pattern).sort("id").select("id", "text").rows() == wanted
+    frame = pandas.read_parquet(finished / "transcripts").sort_values("id")
+    assert list(zip(frame["id"], frame["text"], strict=True)) == wanted
+    loaded = datasets.load_dataset("parquet", data_files=pattern, split="train", cache_dir=str(tmp_path))
+    assert sorted(zip(loaded["id"], loaded["text"], strict=True)) == wanted
+
+
+def test_rerun_does_nothing_and_a_lost_part_comes_back_the_same(layouts, tmp_path, capsys):
+    config = job_config(layouts["manifest"], tmp_path / "out", shard_audio_s=15)
+    first = run(config)
+    before = part_bytes(tmp_path / "out")
+    assert len(before) == first.shards > 2
+    again = run(config)
+    assert "nothing to do" in capsys.readouterr().err
+    assert (again.items_in, again.shards_this_run, again.exit_code) == (first.items_in, 0, 0)
+    assert part_bytes(tmp_path / "out") == before
+    lost = sorted(before)[1]
+    (tmp_path / "out/transcripts" / lost).unlink()
+    assert run(config).shards_this_run == 1
+    assert part_bytes(tmp_path / "out") == before
+
+
+def test_stages_apart_give_the_parts_of_stages_chained(layouts, tmp_path):
+    run(job_config(layouts["files"], tmp_path / "chained"))
+    run(job_config(layouts["files"], tmp_path / "apart", feature_actors=(1, 1), model_actors=(1, 1)))
+    assert part_bytes(tmp_path / "apart") == part_bytes(tmp_path / "chained")
+
+
+def test_grown_input_becomes_new_shards(layouts, tmp_path):
+    source = tmp_path / "in"
+    shutil.copytree(layouts["files"], source)
+    config = job_config(source, tmp_path / "out")
+    first = run(config)
+    before = part_bytes(tmp_path / "out")
+    (source / "late.wav").write_bytes(audio_bytes(2.0))
+    second = run(config)
+    assert (second.items_in, second.shards_this_run) == (first.items_in + 1, 1)
+    after = part_bytes(tmp_path / "out")
+    assert {name: after[name] for name in before} == before
+    assert read_table(tmp_path / "out")[-1]["id"] == "late.wav" or "late.wav" in {
+        row["id"] for row in read_table(tmp_path / "out")
+    }
+
+
+def bad_inputs(folder: Path) -> dict[str, str | None]:
+    """A folder of audio as found in the wild; name -> the error kind its row must have, None for a good one."""
+    folder.mkdir()
+    good = audio_bytes(2.0)
+    with_nan = np.full(16_000, 0.1, dtype=np.float32)
+    with_nan[5] = np.nan
+    soundfile.write(folder / "nan.wav", with_nan, 16_000, subtype="FLOAT")
+    soundfile.write(folder / "eight.wav", np.full((96_000, 8), 0.01, dtype=np.float32), 96_000)
+    contents = {
+        "good.wav": good,
+        "empty.wav": b"",
+        "text.wav": b"this is not audio at all, " * 50,
+        "truncated.wav": good[: len(good) // 2],
+        "blip.wav": audio_bytes(0.005),
+    }
+    for name, content in contents.items():
+        (folder / name).write_bytes(content)
+    (folder / "forbidden.wav").symlink_to(folder / "nowhere.wav")
+    return {
+        "good.wav": None, "eight.wav": None, "blip.wav": None, "empty.wav": "empty_file", "text.wav": "not_audio",
+        "truncated.wav": "truncated", "nan.wav": "non_finite", "forbidden.wav": "missing_object",
+    }  # fmt: skip
+
+
+def test_every_bad_item_has_its_row_and_the_job_goes_on(tmp_path):
+    kinds = bad_inputs(tmp_path / "in")
+    receipt = run(job_config(tmp_path / "in", tmp_path / "out", max_error_rate=0.5))
+    rows = {row["id"]: row for row in read_table(tmp_path / "out")}
+    assert {name: row["error_kind"] for name, row in rows.items()} == kinds
+    assert rows["blip.wav"]["status"] == "empty"
+    for row in rows.values():
+        if row["error_kind"]:
+            assert row["status"] == "error"
+            assert row["text"] is None
+            assert len(row["error_message"]) > 20
+    assert (receipt.items_in, receipt.errors) == (8, 5)
+    assert receipt.exit_code == 3
+    assert receipt.errors_by_kind == {kind: 1 for kind in kinds.values() if kind}
+
+
+def test_manifest_lines_that_are_no_items_have_rows_too(tmp_path):
+    source = tmp_path / "in"
+    source.mkdir()
+    (source / "a.wav").write_bytes(audio_bytes(4.0, channels=2))
+    lines = [
+        '{"audio_filepath": "a.wav", "offset": 1.0, "duration": 2.0, "channel": 1, "speaker": "x"}',
+        '{"audio_filepath": "a.wav", "offset": 1.0, "duration": 2.0, "channel": 0, "speaker": "x"}',
+        "this is not json",
+        '{"audio_filepath": "a.wav", "offset": -1.0, "duration": 2.0}',
+        '{"audio_filepath": "a.wav", "offset": 3.0, "duration": 9.0}',
+        '{"audio_filepath": "a.wav", "channel": 7}',
+        '{"audio_filepath": "gone.wav"}',
+    ]
+    (source / "items.jsonl").write_text("\n".join(lines) + "\n")
+    receipt = run(job_config(source / "items.jsonl", tmp_path / "out"))
+    rows = read_table(tmp_path / "out")
+    assert receipt.items_in == len(rows) == len(lines)
+    kinds = sorted(row["error_kind"] for row in rows if row["error_kind"])
+    assert kinds == ["bad_channel", "bad_record", "bad_segment", "bad_segment", "missing_object"]
+    channels = {row["channel"] for row in rows if row["status"] != "error"}
+    assert channels == {0, 1}
+    assert all(json.loads(row["extra"]) == {"speaker": "x"} for row in rows if row["status"] != "error")
+    assert all(row["duration_s"] == 2.0 for row in rows if row["status"] != "error")
+
+
+def test_another_configuration_is_refused_with_both_fingerprints(finished, layouts):
+    with pytest.raises(ConfigError, match=r"found [0-9a-f]{10} .* this run is [0-9a-f]{10}"):
+        run(job_config(layouts["manifest"], finished, dtype="bfloat16"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--input", "{tmp}/nothing"], "nothing"),
+        (["--model", "{tmp}/nothing"], "no such"),
+        (["--output", "/proc/cannot/write"], "cannot be used"),
+        (["--max-error-rate", "2"], "expected a share"),
+        (["--model-actors", "3:1"], "MIN <= MAX"),
+        (["--shard-audio-s", "-1"], "more than 0"),
+    ],
+)
+def test_refused_before_any_work_with_one_line_and_exit_2(options, message, layouts, tmp_path, capsys):
+    arguments = {"--input": str(layouts["files"]), "--output": str(tmp_path / "out"), "--model": str(TINY_EN)}
+    arguments |= {options[0]: options[1].format(tmp=tmp_path)}
+    assert main([part for pair in arguments.items() for part in pair]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ")
+    assert message in error
+    assert not (tmp_path / "out" / "transcripts").exists()
+
+
+def test_files_of_another_origin_in_the_table_are_refused(layouts, tmp_path):
+    (tmp_path / "out/transcripts").mkdir(parents=True)
+    (tmp_path / "out/transcripts/other.parquet").write_bytes(b"PAR1")
+    with pytest.raises(ConfigError, match="other.parquet"):
+        run(job_config(layouts["files"], tmp_path / "out"))
+
+
+def test_dry_run_touches_nothing(layouts, tmp_path, capsys):
+    arguments = ["--input", str(layouts["files"]), "--output", str(tmp_path / "out"), "--model", str(TINY_EN)]
+    assert main([*arguments, "--dry-run", "--rtfx", "1000", "--gpu-hour-price", "3"]) == 0
+    printed = capsys.readouterr().out
+    assert "items     12" in printed
+    assert "cost" in printed
+    assert not (tmp_path / "out").exists()
