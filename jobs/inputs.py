@@ -90,10 +90,20 @@ class InputScan:
     counts: ListingCounts
     left_out: str  # one line for the user: which files are not read; "" if all are
     open_batches: Callable[[], Iterator[pa.RecordBatch]] = field(repr=False)
+    spill: tempfile.TemporaryDirectory = field(repr=False)  # the listing; removed by `close`
 
     def batches(self) -> Iterator[pa.RecordBatch]:
         """Plan rows, batches of `PLAN_SCHEMA`; `audio_s` is null where it has to be estimated. May be called again."""
         return self.open_batches()
+
+    def close(self) -> None:
+        self.spill.cleanup()
+
+    def __enter__(self) -> "InputScan":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
 
 
 def scan_input(options: InputOptions, listing: Iterator[pa.RecordBatch] | None = None) -> InputScan:
@@ -128,7 +138,9 @@ def scan_input(options: InputOptions, listing: Iterator[pa.RecordBatch] | None =
             return tar_rows(storage, selected)
         return parquet_rows(storage, selected)
 
-    return InputScan(chosen, reason, storage.url, options.storage, counts, _left_out(counts, chosen), open_batches)
+    return InputScan(
+        chosen, reason, storage.url, options.storage, counts, _left_out(counts, chosen), open_batches, spill
+    )
 
 
 def file_rows(storage: Storage, listing: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
@@ -200,6 +212,8 @@ def choose_format(options: InputOptions, counts: ListingCounts, name: str | None
     """
     url = scrub(options.url)
     found = {kind: getattr(counts, kind) for kind in _KINDS if getattr(counts, kind)}
+    if name is not None and options.format == "auto" and name.lower().endswith((".json", ".json.gz")):
+        return "manifest", "the input is one .json file"
     if name is not None and not found and options.format == "auto":
         raise ConfigError(f"{url}: this file's extension is none of audio, .jsonl, .tar or .parquet; say --format")
     if options.format != "auto":

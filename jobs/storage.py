@@ -27,7 +27,9 @@ MAX_ATTEMPTS = (
     8  # botocore's standard mode waits up to 20 s between tries, with jitter: about a minute of SlowDown survives
 )
 CONNECT_TIMEOUT_S = 10  # a healthy endpoint answers in under 1 s; a dead host must not hold a worker for minutes
-READ_TIMEOUT_S = 60  # between two packets, not for the whole body; longer than any pause seen from a throttled bucket
+READ_TIMEOUT_S = 20  # between two packets, not for the whole body; a hung socket costs this once per attempt
+BODY_ATTEMPTS = 3  # botocore retries until the headers are there; a body that breaks off is fetched again by s3fs
+READ_BLOCK_BYTES = 8 << 20  # of `Storage.open`; s3fs would read 50 MiB ahead
 MAX_POOL_CONNECTIONS = 64  # botocore's default of 10 would queue the read-ahead threads of one worker behind each other
 SINGLE_PUT_LIMIT = 5 * 2**30 - 1  # S3 refuses a larger put_object; parts and plan files are a few hundred MiB at most
 HIDDEN_PREFIX = ".tmp-"  # readers of a table skip names that start with a dot
@@ -112,6 +114,8 @@ def connect(url: str, options: StorageOptions = DEFAULT_OPTIONS) -> tuple[fsspec
         raise ConfigError(
             f"{scrub(url)}: no storage for the scheme {scheme!r} ({error}); use s3:// or a path"
         ) from error
+    if scheme in S3_SCHEMES:
+        fs.retries = BODY_ATTEMPTS  # an attribute: s3fs takes no argument for it
     return fs, url.split("://", 1)[1].rstrip("/")
 
 
@@ -200,7 +204,9 @@ class Storage:
     def open(self, name: str) -> IO[bytes]:
         """A seekable file for reading."""
         with storage_errors(self.source(name), self.options):
-            return open(self.path(name), "rb") if self.is_local else self.fs.open(self.path(name), "rb")
+            if self.is_local:
+                return open(self.path(name), "rb")
+            return self.fs.open(self.path(name), "rb", block_size=READ_BLOCK_BYTES)
 
     def list_names(self, folder: str = "") -> list[str]:
         """Names of the files directly in `folder`, sorted; none if it does not exist, and no half-written ones."""
@@ -228,7 +234,8 @@ class Storage:
         Local: a hidden temporary file beside it, fsync, rename. Object store: one put request.
 
         Args:
-            exclusive: only if `name` does not exist yet (a server that ignores If-None-Match overwrites: read it back).
+            exclusive: only if `name` does not exist yet. Certain on local disk and on stores that honour If-None-Match
+                (AWS); elsewhere two writers in the same instant both succeed and the last one stays: read it back.
 
         Returns:
             False if `exclusive` and the name was there already; else True.
@@ -236,6 +243,8 @@ class Storage:
         with storage_errors(self.source(name), self.options):
             if self.is_local:
                 return write_local(self.path(name), data, exclusive)
+            if exclusive and self.exists(name):  # some servers ignore If-None-Match: rclone 1.75 overwrites
+                return False
             body = data if isinstance(data, bytes) else data.read()
             if len(body) > SINGLE_PUT_LIMIT:
                 raise OSError(errno.EFBIG, f"{len(body)} bytes are over the limit of one put request")
@@ -244,8 +253,6 @@ class Storage:
                     # The chunk size decides between one put and a multipart upload: above half of the body, one put.
                     mode = "create" if exclusive else "overwrite"
                     self.fs.pipe_file(self.path(name), body, mode=mode, chunksize=max(50 * 2**20, len(body)))
-                elif exclusive and self.fs.exists(self.path(name)):
-                    return False
                 else:
                     self.fs.pipe_file(self.path(name), body)
             except FileExistsError:

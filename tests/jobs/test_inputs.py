@@ -46,10 +46,12 @@ def test_layout_is_found_from_the_listing(storage):
     storage.write_atomic("tars/x-1.tar.gz", tar_bytes({"k.wav": audio_bytes()}, "w:gz"))
     storage.write_atomic("tars/README.md", b"hello")
     storage.write_atomic("manifests/train.jsonl", jsonl({"audio_filepath": "a.wav"}))
+    storage.write_atomic("m.json", jsonl({"audio_filepath": "a.wav"}))
     for folder, expected in {
         "tars": "webdataset",
         "manifests": "manifest",
         "manifests/train.jsonl": "manifest",
+        "m.json": "manifest",
     }.items():
         scan = scan_input(InputOptions(f"{storage.url}/{folder}", storage=storage.options))
         assert scan.format == expected

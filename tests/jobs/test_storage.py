@@ -3,6 +3,7 @@
 import os
 import pickle
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from job_samples import audio_bytes
@@ -37,11 +38,19 @@ def test_a_file_object_is_written_whole(storage, tmp_path):
     assert storage.read_bytes("part.bin") == path.read_bytes()
 
 
-def test_exclusive_write_keeps_the_first_on_local_disk(tmp_path):
-    storage = Storage(str(tmp_path))
+def test_exclusive_write_keeps_the_first(storage):
     assert storage.write_atomic("x", b"first", exclusive=True)
     assert not storage.write_atomic("x", b"second", exclusive=True)
     assert storage.read_bytes("x") == b"first"
+    assert storage.list_names() == ["x"]
+
+
+def test_of_many_exclusive_writers_on_local_disk_one_succeeds(tmp_path):
+    storage = Storage(str(tmp_path))
+    with ThreadPoolExecutor(8) as pool:
+        done = list(pool.map(lambda n: storage.write_atomic("x", bytes([n]), exclusive=True), range(32)))
+    assert sum(done) == 1
+    assert storage.read_bytes("x") == bytes([done.index(True)])
     assert os.listdir(tmp_path) == ["x"]
 
 
