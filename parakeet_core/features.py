@@ -117,9 +117,14 @@ class LogMelFrontend:
 
 
 def _normalise_(features: Tensor) -> None:
-    """In place, [T, M]: zero mean and unit standard deviation of each mel bin over the frames (ddof 1)."""
+    """In place, [T, M]: zero mean and unit standard deviation of each mel bin over the frames (ddof 1).
+
+    The mean is summed as the reference sums it: along time, over the valid frames and one masked frame more. Bins that
+    a lossy codec left empty hold log(2^-24) and hardly deviate, so the last bit of their mean becomes 0.03 of a
+    feature: summed in another order, 2 of 100 MP3 clips got another text.
+    """
     frames = features.shape[0]
-    mean = features.mean(0)
+    mean = F.pad(features.T, (0, 1)).sum(-1).div_(frames)
     features.sub_(mean)
     variance = features.square().sum(0).div_(max(frames - 1, 1))
     features.div_(variance.sqrt_().add_(STD_GUARD))
