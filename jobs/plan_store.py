@@ -16,12 +16,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from jobs.plan_facts import read_spill
 from jobs.plan_rows import PLAN_SCHEMA, digest_strings
-from jobs.planning import BUCKET_ROWS, SHARDS_PER_FILE, Plan, read_spill
+from jobs.planning import Plan
 from jobs.storage import Storage
 from parakeet_core.errors import ConfigError
 
 FOLDER = "plan"
+SHARDS_PER_FILE = 256  # a worker reads the footer of its plan file: about 200 KB at 256 row groups of 15 columns
+BUCKET_ROWS = 400_000  # rows sorted in memory at once while plan files are written, about 100 MB
 PLAN_FORMAT = 1  # of the files described above
 SHARD_SCHEMA = pa.schema(
     [
@@ -100,13 +103,16 @@ def read_shard(storage: Storage, plan_file: str, row_group: int) -> pa.Table:
 
 def planned_digests(storage: Storage) -> np.ndarray:
     """Digests of the ids in all committed generations, uint64 [P, 2]; 16 bytes per item in memory."""
-    digests = [np.empty((0, 2), np.uint64)]
-    for generation in list_generations(storage):
+    generations = list_generations(storage)
+    digests = np.empty((sum(generation.rows for generation in generations), 2), np.uint64)
+    filled = 0
+    for generation in generations:
         for name in generation.files:
             with storage.open(f"{FOLDER}/{name}") as file:
                 for batch in pq.ParquetFile(file).iter_batches(1 << 16, columns=["id"]):
-                    digests.append(digest_strings(batch["id"]))
-    return np.concatenate(digests)
+                    digests[filled : filled + len(batch)] = digest_strings(batch["id"])
+                    filled += len(batch)
+    return digests
 
 
 def write_plan(storage: Storage, plan: Plan, options: dict | None = None) -> Generation:

@@ -10,29 +10,23 @@ Knows nothing of Ray, of the output, or of how rows are read.
 
 import hashlib
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
-from jobs.plan_rows import PLAN_SCHEMA, digest_strings
-from jobs.sizing import KindSampler, Rate, estimate_audio_s, measure_rates
+from jobs.plan_facts import RowFacts, collect_rows
+from jobs.sizing import Rate, estimate_audio_s, measure_rates
 from jobs.storage import DEFAULT_OPTIONS, StorageOptions
+from jobs.unique_ids import BLOCK_ROWS, Renamed, contains, make_unique
 from parakeet_core.errors import ConfigError
 
-SHARDS_PER_FILE = 256  # a worker reads the footer of its plan file: about 200 KB at 256 row groups of 15 columns
 SHARD_ITEMS = 20_000  # rows with words and times are about 1 KB each: a part of very short clips stays near 20 MB
-SHARD_BYTES = (
-    1 << 30
-)  # 1800 s of 48 kHz stereo 24-bit are 518 MB; above 1 GiB the reading of a lost shard is dear to repeat
+SHARD_BYTES = 1 << 30  # 1800 s of 48 kHz stereo 24-bit are 518 MB; above, a lost shard is dear to read again
 AUTO_SHARDS = 64  # small inputs: enough shards to spread over a few dozen workers
-AUTO_MIN_S, AUTO_MAX_S = (
-    120.0,
-    1800.0,
-)  # below, the fixed cost per block shows; 1800 s of 80-mel float16 are 29 MB, a good block
-BUCKET_ROWS = 400_000  # rows sorted in memory at once while plan files are written, about 100 MB
+AUTO_MIN_S = 120.0  # below, Ray's fixed cost per block shows
+AUTO_MAX_S = 1800.0  # of 80-mel float16 are 29 MB, a good block
 SIZE_STEPS_PER_OCTAVE = 4  # lengths within one size group differ by at most 19 %
 
 
@@ -59,41 +53,14 @@ class PlanOptions:
 
 
 @dataclass
-class RowFacts:
-    """The numbers of all rows, in input order. Columns of N rows.
-
-    Args:
-        digest: uint64 [N, 2], of the id.
-        source: uint64 [N], of the source.
-        audio_s: float32 [N].
-        size_bytes: int64 [N], -1 unknown.
-        items: int32 [N], -1 unknown.
-        offset_s: float32 [N], 0 where none.
-        container: bool [N].
-        rejected: bool [N].
-    """
-
-    digest: np.ndarray
-    source: np.ndarray
-    audio_s: np.ndarray
-    size_bytes: np.ndarray
-    items: np.ndarray
-    offset_s: np.ndarray
-    container: np.ndarray
-    rejected: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.audio_s)
-
-
-@dataclass
 class Plan:
     """The shards of one generation, not yet stored. Its rows lie in a temporary folder until `close`.
 
     Args:
         generation: 0 for the first, one more each time the input has grown.
         shard_audio_s: the limit that was used.
-        facts, shard_of, renamed: see `_Draft`; `shard_of` is int32 [N], -1 for rows of earlier generations.
+        facts: the numbers of all rows; renamed: new ids of some of them.
+        shard_of: int32 [N], -1 for rows of earlier generations.
         shard_audio: float64 [shards], longest first. shard_rows, shard_items: int64 [shards]; items count containers of
             unknown content as 0.
         items: items known; with `exact` False there are more, inside tars not opened.
@@ -117,7 +84,7 @@ class Plan:
     duplicates: int
     rates: list[Rate]
     fingerprint: str
-    renamed: "Renamed" = field(repr=False)
+    renamed: Renamed = field(repr=False)
     spill: tempfile.TemporaryDirectory = field(repr=False)
 
     @property
@@ -186,150 +153,26 @@ def plan_shards(
     )
 
 
-def collect_rows(batches: Iterable[pa.RecordBatch], folder: str) -> tuple[RowFacts, np.ndarray, KindSampler]:
-    """Spill the rows to `folder/rows.arrow` and keep their numbers, and each row's kind (int16 [N])."""
-    sampler = KindSampler()
-    columns: dict[str, list[np.ndarray]] = {name: [] for name in [*RowFacts.__dataclass_fields__, "codes"]}
-    options = pa.ipc.IpcWriteOptions(compression="lz4")
-    with (
-        pa.OSFile(f"{folder}/rows.arrow", "wb") as file,
-        pa.ipc.new_stream(file, PLAN_SCHEMA, options=options) as writer,
-    ):
-        for batch in batches:
-            if not len(batch):
-                continue
-            writer.write_batch(batch)
-            digest = digest_strings(batch["id"])
-            columns["digest"].append(digest)
-            columns["source"].append(_source_hashes(batch["source"]))
-            columns["audio_s"].append(_numbers(batch["audio_s"], np.float32, np.nan))
-            columns["size_bytes"].append(_numbers(batch["size_bytes"], np.int64, -1))
-            columns["items"].append(_numbers(batch["items"], np.int32, -1))
-            columns["offset_s"].append(_numbers(batch["offset_s"], np.float32, 0))
-            columns["container"].append(_mask(pc.not_equal(batch["layout"], "file")))
-            columns["rejected"].append(_mask(pc.is_valid(batch["error_kind"])))
-            columns["codes"].append(sampler.add(batch, digest[:, 0]))
-    empty = {"digest": np.empty((0, 2), np.uint64), "codes": np.empty(0, np.int16), "container": np.empty(0, bool)}
-    arrays = {}
-    for name in list(columns):  # one column at a time, so that only one is in memory twice
-        chunks = columns.pop(name)
-        arrays[name] = np.concatenate(chunks) if chunks else empty.get(name, np.empty(0))
-    codes = arrays.pop("codes")
-    return RowFacts(**arrays), codes, sampler
-
-
-def _source_hashes(sources: pa.Array) -> np.ndarray:
-    encoded = sources.dictionary_encode()  # the segments of a file name it again and again
-    return digest_strings(encoded.dictionary)[:, 0][encoded.indices.to_numpy()]
-
-
-def _numbers(column: pa.Array, dtype: type, missing: float) -> np.ndarray:
-    return pc.fill_null(column, missing).to_numpy(zero_copy_only=False).astype(dtype)
-
-
-def _mask(column: pa.Array) -> np.ndarray:
-    return column.to_numpy(zero_copy_only=False)
-
-
-def read_spill(folder: str) -> Iterator[tuple[int, pa.RecordBatch]]:
-    """(index of the first row, batch) of the spilled rows, in input order."""
-    first = 0
-    with pa.OSFile(f"{folder}/rows.arrow") as file:
-        for batch in pa.ipc.open_stream(file):
-            yield first, batch
-            first += len(batch)
-
-
-@dataclass
-class Renamed:
-    """Rows whose id was not the first of its name: row numbers, ascending int64 [R], and their new ids."""
-
-    rows: np.ndarray
-    ids: pa.Array
-
-    def apply(self, first: int, ids: pa.Array) -> pa.Array:
-        """The ids of the rows from `first` on, with those replaced that have a new one."""
-        start, stop = np.searchsorted(self.rows, [first, first + len(ids)])
-        if start == stop:
-            return ids
-        mask = np.zeros(len(ids), bool)
-        mask[self.rows[start:stop] - first] = True
-        return pc.replace_with_mask(ids, pa.array(mask), self.ids.slice(start, stop - start))
-
-
-def make_unique(facts: RowFacts, folder: str) -> Renamed:
-    """Give every row its own id: the 2nd, 3rd, ... row of one id, in input order, get `~2`, `~3`, ... behind it.
-
-    Should the new id be taken as well, the rule is applied again (`a~2~2`). Updates `facts.digest`.
-    """
-    renamed = Renamed(np.empty(0, np.int64), pa.array([], pa.string()))
-    while True:
-        rows, occurrence = repeated_rows(facts.digest)
-        if not len(rows):
-            return renamed
-        ids = pc.binary_join_element_wise(
-            _ids_of(rows, renamed, folder), pc.cast(pa.array(occurrence), pa.string()), "~"
-        )
-        facts.digest[rows] = digest_strings(ids)
-        kept = ~np.isin(renamed.rows, rows)
-        merged = np.concatenate([renamed.rows[kept], rows])
-        order = np.argsort(merged)
-        joined = pa.concat_arrays([renamed.ids.filter(pa.array(kept)), ids])
-        renamed = Renamed(merged[order], joined.take(pa.array(order)))
-
-
-def repeated_rows(digest: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Rows, ascending, whose digest occurred in an earlier row, and which occurrence each is (2, 3, ...)."""
-    order = np.lexsort((digest[:, 1], digest[:, 0]))  # stable: equal digests stay in input order
-    sorted_digest = digest[order]
-    same = np.zeros(len(order), bool)
-    same[1:] = (sorted_digest[1:] == sorted_digest[:-1]).all(axis=1)
-    positions = np.flatnonzero(same)
-    if not len(positions):
-        return positions, positions
-    first = np.flatnonzero(~same)
-    run_start = first[np.searchsorted(first, positions, side="right") - 1]
-    rows = order[positions]
-    by_row = np.argsort(rows)
-    return rows[by_row], (positions - run_start + 1)[by_row]
-
-
-def _ids_of(rows: np.ndarray, renamed: Renamed, folder: str) -> pa.Array:
-    found = []
-    for first, batch in read_spill(folder):
-        start, stop = np.searchsorted(rows, [first, first + len(batch)])
-        if start < stop:
-            found.append(renamed.apply(first, batch["id"]).take(pa.array(rows[start:stop] - first)))
-    return pa.concat_arrays(found)
-
-
-def contains(known: np.ndarray, digest: np.ndarray) -> np.ndarray:
-    """For each digest [N, 2] whether it is among `known` [P, 2]. bool [N]."""
-    known = known[np.lexsort((known[:, 1], known[:, 0]))]
-    position = np.searchsorted(known[:, 0], digest[:, 0])
-    found = np.zeros(len(digest), bool)
-    candidates = np.arange(len(digest))
-    while len(candidates):  # a second round only for two known ids with equal first halves
-        candidates = candidates[position[candidates] < len(known)]
-        at = position[candidates]
-        half = known[at, 0] == digest[candidates, 0]
-        full = half & (known[at, 1] == digest[candidates, 1])
-        found[candidates[full]] = True
-        candidates = candidates[half & ~full]
-        position[candidates] += 1
-    return found
-
-
 def order_rows(facts: RowFacts, rows: np.ndarray) -> np.ndarray:
-    """`rows` ordered by size group, then source, then offset; int64."""
-    sources, of_row = np.unique(facts.source[rows], return_inverse=True)
-    seconds = np.bincount(of_row, weights=facts.audio_s[rows], minlength=len(sources))
-    items = np.bincount(of_row, weights=np.maximum(facts.items[rows], 1), minlength=len(sources))
-    mean_s = np.maximum(seconds / np.maximum(items, 1), 0.01)
-    group = np.floor(np.log2(mean_s) * SIZE_STEPS_PER_OCTAVE).astype(np.int8)[of_row]
-    del sources, of_row, seconds, items, mean_s
-    digest = facts.digest
-    keys = (digest[rows, 1], digest[rows, 0], facts.offset_s[rows], facts.source[rows], group)
+    """`rows` ordered by size group, then source, then offset, then id; int64."""
+    if not len(rows):
+        return rows
+    rows = rows[np.argsort(facts.source[rows], kind="stable")]
+    new_source = np.ones(len(rows), bool)
+    new_source[1:] = facts.source[rows[1:]] != facts.source[rows[:-1]]
+    starts = np.flatnonzero(new_source)
+    lengths = np.diff(np.append(starts, len(rows)))
+    shared = np.flatnonzero(np.repeat(lengths > 1, lengths))  # only segments of one source need the finer keys
+    rows[shared] = _order_segments(facts, rows[shared])
+    mean_s = np.add.reduceat(facts.audio_s[rows], starts, dtype=np.float64)
+    mean_s /= np.add.reduceat(np.maximum(facts.items[rows], 1), starts, dtype=np.int64)
+    group = np.floor(np.log2(np.maximum(mean_s, 0.01)) * SIZE_STEPS_PER_OCTAVE).astype(np.int8)
+    del mean_s, starts, new_source
+    return rows[np.argsort(np.repeat(group, lengths), kind="stable")]
+
+
+def _order_segments(facts: RowFacts, rows: np.ndarray) -> np.ndarray:
+    keys = (facts.digest[rows, 1], facts.digest[rows, 0], facts.offset_s[rows], facts.source[rows])
     return rows[np.lexsort(keys)]
 
 
@@ -344,27 +187,39 @@ def cut_shards(
     shard_of = np.full(len(facts), -1, np.int32)
     if not len(order):
         return shard_of, np.empty(0)
-    audio = facts.audio_s[order].astype(np.float64)
-    items = np.maximum(facts.items[order], 1).astype(np.int64)
-    size = np.maximum(facts.size_bytes[order], 0)
     new_source = np.ones(len(order), bool)
     new_source[1:] = facts.source[order[1:]] != facts.source[order[:-1]]
     unit_start = new_source | facts.container[order]
     starts = np.flatnonzero(unit_start)
-    over = (np.add.reduceat(audio, starts) > limit_s) | (np.add.reduceat(items, starts) > options.shard_items)
+    over = np.diff(_running_sum(facts.audio_s, order, starts)) > limit_s
+    over |= np.diff(_running_sum(facts.items, order, starts, least=1)) > options.shard_items
     lengths = np.diff(np.append(starts, len(order)))
     starts = np.flatnonzero(
         unit_start | np.repeat(over, lengths)
     )  # a source too long for one shard is cut at its segments
-    sums = [np.concatenate([[0], np.cumsum(np.add.reduceat(column, starts))]) for column in (audio, items, size)]
+    del over, lengths, unit_start, new_source
+    sums = [
+        _running_sum(facts.audio_s, order, starts),
+        _running_sum(facts.items, order, starts, least=1),
+        _running_sum(facts.size_bytes, order, starts),
+    ]
     cuts = _greedy_cuts(sums, (limit_s, options.shard_items, options.shard_bytes))
+    del sums
     row_cuts = np.append(starts, len(order))[cuts]
-    shard_audio = np.add.reduceat(audio, row_cuts[:-1])
+    shard_audio = np.add.reduceat(facts.audio_s[order], row_cuts[:-1], dtype=np.float64)
     by_length = np.argsort(-shard_audio, kind="stable")
     number = np.empty(len(by_length), np.int32)
     number[by_length] = np.arange(len(by_length), dtype=np.int32)
     shard_of[order] = np.repeat(number, np.diff(row_cuts))
     return shard_of, shard_audio[by_length]
+
+
+def _running_sum(column: np.ndarray, order: np.ndarray, starts: np.ndarray, least: int = 0) -> np.ndarray:
+    """Sums of `column` before each unit and over all, [units + 1]; values under `least` count as `least`."""
+    kind = np.float64 if column.dtype.kind == "f" else np.int64
+    sums = np.zeros(len(starts) + 1, kind)
+    np.cumsum(np.add.reduceat(np.maximum(column[order], least), starts, dtype=kind), out=sums[1:])
+    return sums
 
 
 def _greedy_cuts(sums: list[np.ndarray], limits: tuple[float, ...]) -> np.ndarray:
@@ -380,8 +235,8 @@ def _greedy_cuts(sums: list[np.ndarray], limits: tuple[float, ...]) -> np.ndarra
 
 def _fingerprint(facts: RowFacts, order: np.ndarray, shard_of: np.ndarray, limit_s: float) -> str:
     digest = hashlib.blake2b(repr(limit_s).encode(), digest_size=16)
-    for start in range(0, len(order), 1 << 20):
-        rows = order[start : start + (1 << 20)]
+    for start in range(0, len(order), BLOCK_ROWS):
+        rows = order[start : start + BLOCK_ROWS]
         for column in (facts.digest, facts.source, facts.audio_s, facts.size_bytes, facts.items, shard_of):
             digest.update(np.ascontiguousarray(column[rows]))
     return digest.hexdigest()

@@ -19,8 +19,9 @@ from jobs.inputs import InputOptions, scan_input
 from jobs.plan_report import describe_plan
 from jobs.plan_rows import digest_strings, plan_batch
 from jobs.plan_store import list_generations, planned_digests, read_plan, read_shard, write_plan
-from jobs.planning import PlanOptions, contains, plan_shards
+from jobs.planning import PlanOptions, plan_shards
 from jobs.storage import Storage
+from jobs.unique_ids import contains
 from parakeet_core.errors import ConfigError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
