@@ -2,7 +2,9 @@
 
 import logging
 import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -27,7 +29,9 @@ def ray_session(address: str | None) -> Iterator[dict[str, float]]:
         # Ray's C++ core writes advice to the driver's stderr; errors that matter come back as exceptions.
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
         local = {"include_dashboard": False} if address == "local" else {}
-        with _without_stderr():  # where it would say that it has read the variable above
+        # Silent, because it would say that it has read the variable above; with its own handler of SIGTERM taken out
+        # again, because that one aborts the process in the middle of a call.
+        with _without_stderr(), _keeping_sigterm():
             ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, **local)
     quiet_ray_data()
     try:
@@ -35,6 +39,15 @@ def ray_session(address: str | None) -> Iterator[dict[str, float]]:
     finally:
         if started:
             ray.shutdown()
+
+
+@contextmanager
+def _keeping_sigterm() -> Iterator[None]:
+    """Put the handler of SIGTERM back that was there before the block."""
+    handler = signal.getsignal(signal.SIGTERM)
+    yield
+    if threading.current_thread() is threading.main_thread():  # elsewhere Ray sets none, and none may be set
+        signal.signal(signal.SIGTERM, handler)
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from parakeet_core.audio import load_audio
 from parakeet_core.config import FrontendConfig
 from parakeet_core.decoding import Tokens, group_words
 from parakeet_core.engine import Engine
-from parakeet_core.errors import InputError
+from parakeet_core.errors import ErrorKind, InputError
 from parakeet_core.features import LogMelFrontend
 from parakeet_core.tokenizer import Tokenizer
 
@@ -153,18 +153,24 @@ class PrepareShards:
     def _prepare(self, item: ReadItem, clock: StageClock) -> dict:
         row = {field.name: getattr(item, field.name, None) for field in ITEM_FIELDS}
         try:
-            if isinstance(item.payload, InputError):
-                raise item.payload
-            audio = clock.timed("decode", self._decode, item)
+            return row | self._prepared_columns(item, clock)
         except InputError as error:
             return row | {"error_kind": str(error.kind), "error_message": error.message}
+        except Exception as error:  # noqa: BLE001 - a defect met by one item must not end a job of a million others
+            message = f"{type(error).__name__}: {error}; please report this with the item"
+            return row | {"error_kind": str(ErrorKind.UNEXPECTED), "error_message": message}
+
+    def _prepared_columns(self, item: ReadItem, clock: StageClock) -> dict:
+        if isinstance(item.payload, InputError):
+            raise item.payload
+        audio = clock.timed("decode", self._decode, item)
         features, _ = clock.timed("features", self.frontend, [audio.waveform])
-        return row | {
+        return {
             "duration_s": round(audio.duration_s, 6),
             "sample_rate_hz": audio.info.sample_rate_hz,
             **measure_level(audio.waveform),
             "frames": features.shape[1],
-            "features": memoryview(np.ascontiguousarray(features[0].numpy(), dtype=self.dtype)).cast("B"),
+            "features": features[0].numpy().astype(self.dtype, copy=False).tobytes(),
         }
 
     def _decode(self, item: ReadItem):

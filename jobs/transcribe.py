@@ -228,12 +228,24 @@ def _transcribe(state: Run, todo: pa.Table, cluster: dict[str, float]) -> Receip
                 display.update(PartFacts(**json.loads(result["facts"])), result)
                 events.add("shard", **result)
     except (ray.exceptions.RayError, InputError) as error:
-        reason = scrub(str(error).strip().splitlines()[-1], state.output.options)
-        raise JobStoppedError(f"{reason}; {RESUME_HINT}") from error
+        raise JobStoppedError(f"{scrub(root_cause(error), state.output.options)}; {RESUME_HINT}") from error
     finally:
         state.model_idle_share = display.model_idle_share()
         _close(state, events)
     return _finish(state)
+
+
+def root_cause(error: BaseException) -> str:
+    """What went wrong at the bottom of a chain of wrapped exceptions, in one line."""
+    while (inner := getattr(error, "cause", None) or error.__cause__) is not None:
+        error = inner
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    # Ray hands some causes over as a printed traceback only, whose last line says what was raised.
+    return (
+        lines[-1]
+        if isinstance(error, ray.exceptions.RayError)
+        else f"{type(error).__name__}: {lines[0] if lines else ''}"
+    )
 
 
 def _provenance(state: Run) -> dict[str, str]:

@@ -35,6 +35,7 @@ class ErrorKind(StrEnum):
     STORAGE = "storage"  # the storage failed after all retries
     DECODER_CRASH = "decoder_crash"  # decoding ended, hung or exhausted its process
     OUT_OF_MEMORY = "out_of_memory"  # the item alone does not fit the device
+    UNEXPECTED = "unexpected"  # a defect of this program that the item met; the message names it
 
 
 RETRYABLE_KINDS = frozenset(
