@@ -1,4 +1,7 @@
-"""Features equal the reference's: lengths and masks exactly, values within what the reference's own rounding allows."""
+"""Features equal the reference's: lengths and masks exactly, values within the stated tolerance.
+
+On the machines seen so far a clip alone gives the same bits; the tolerance leaves room for another BLAS.
+"""
 
 import numpy as np
 import pytest
@@ -12,9 +15,8 @@ from parakeet_core.config import FrontendConfig
 from parakeet_core.features import LogMelFrontend, mel_filter_bank
 
 HOP = 160
-WELL_CONDITIONED = 1e-4  # largest difference where every mel bin holds energy in every frame
-ANY_CLIP = 5e-4  # largest difference anywhere: the reference itself is up to 1.6e-4 from float64
-MEAN = 2e-6  # mean difference over a clip
+LARGEST = 1e-4  # difference of one value
+MEAN = 2e-6  # difference over a clip
 
 
 def noise(samples: int, seed: int = 0) -> np.ndarray:
@@ -29,13 +31,13 @@ def pair(mels: int) -> tuple[LogMelFrontend, ParakeetFeatureExtractor]:
     )
 
 
-def assert_equal(ours, lens, theirs, mask, largest: float, mean: float = MEAN):
+def assert_equal(ours, lens, theirs, mask):
     assert lens.tolist() == mask.sum(-1).tolist()
     for row, length, reference in zip(ours, lens.tolist(), theirs, strict=True):
         assert not row[length:].any()
         difference = (row[:length] - reference[:length]).abs()
-        assert float(difference.max()) <= largest
-        assert float(difference.mean()) <= mean
+        assert float(difference.max()) <= LARGEST
+        assert float(difference.mean()) <= MEAN
 
 
 @pytest.mark.parametrize("mels", [64, 80, 128])
@@ -52,7 +54,7 @@ def test_lengths_around_every_hop(frames, offset, mels):
     waveform = noise(frames * HOP + offset, seed=frames)
     features, lens = ours([waveform])
     assert features.shape[1] == len(waveform) // HOP  # trimmed: the reference's tensor has one masked frame more
-    assert_equal(features, lens, *extract(theirs, [waveform]), WELL_CONDITIONED)
+    assert_equal(features, lens, *extract(theirs, [waveform]))
 
 
 @pytest.mark.parametrize("samples", [2 * HOP, 2 * HOP + 1, 3 * HOP - 1])
@@ -60,7 +62,7 @@ def test_two_frames(samples):
     """With two frames every value is +-1/sqrt(2) unless the two are nearly equal, where rounding is amplified."""
     ours, theirs = pair(80)
     features, lens = ours([noise(samples, seed=5)])
-    assert_equal(features, lens, *extract(theirs, [noise(samples, seed=5)]), ANY_CLIP, mean=2e-5)
+    assert_equal(features, lens, *extract(theirs, [noise(samples, seed=5)]))
 
 
 def test_one_frame_is_zeros_where_the_reference_has_nan():
@@ -85,7 +87,7 @@ def test_padded_batch(mels):
     ours, theirs = pair(mels)
     waveforms = [noise(samples, seed=samples) for samples in (48_000, 1440, 320, 20_011, 16_000, 161_234)]
     features, lens = ours(waveforms)
-    assert_equal(features, lens, *extract(theirs, waveforms), ANY_CLIP)
+    assert_equal(features, lens, *extract(theirs, waveforms))
 
 
 def stationary(kind: str) -> np.ndarray:
@@ -126,14 +128,22 @@ def test_other_constants(options):
     ours = LogMelFrontend(FrontendConfig(**options))
     theirs = ParakeetFeatureExtractor(feature_size=80, sampling_rate=RATE_HZ, **options)
     features, lens = ours([noise(40_007)])
-    assert_equal(features, lens, *extract(theirs, [noise(40_007)]), WELL_CONDITIONED)
+    assert_equal(features, lens, *extract(theirs, [noise(40_007)]))
 
 
 def test_recorded_speech(prompts):
+    """Among them MP3 and Opus, whose empty bins turn the order of a sum into 0.06 of a feature."""
+    assert_clips_equal([decode_audio(clip.path) for clip in prompts])
+
+
+def test_librispeech(librispeech):
+    assert_clips_equal([decode_audio(clip.path) for clip in librispeech[::33]])
+
+
+def assert_clips_equal(waveforms):
     ours, theirs = pair(80)
-    waveforms = [decode_audio(clip.path) for clip in prompts]
     batched, lens = ours(waveforms)
     for index, waveform in enumerate(waveforms):
         alone, _ = ours([waveform])
         torch.testing.assert_close(batched[index, : lens[index]], alone[0], rtol=0, atol=0)
-        assert_equal(alone, lens[index : index + 1], *extract(theirs, [waveform]), ANY_CLIP)
+        assert_equal(alone, lens[index : index + 1], *extract(theirs, [waveform]))
