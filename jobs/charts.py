@@ -17,6 +17,7 @@ TOP = 24  # pixels above the plot, for the labels of marks
 PLOT = 160  # pixels of the plot
 AXIS = 22  # pixels below it
 LEAST_BAR = 2  # pixels: one item among millions is still seen
+STEPS_UP = 5  # lines of the height axis above zero
 LABEL_MARGIN = 14  # percent: half of "median 14.2" on a phone
 TICKS_ACROSS = 6  # more do not fit on a phone
 
@@ -103,9 +104,10 @@ def column_chart(
     columns: Sequence[Column],
     ticks: Sequence[tuple[float, str]],
     marks: Sequence[Mark] = (),
+    least_top: float = 0.0,
 ) -> Html:
-    """Columns of equal width side by side, at least one of them above zero."""
-    heights = ticks_up_to(max(column.value for column in columns), 5)
+    """Columns of equal width side by side, at least one of them above zero; the scale reaches `least_top` or higher."""
+    heights = ticks_up_to(max(least_top, *(column.value for column in columns)), STEPS_UP)
     width = 100 / len(columns)
     drawn = []
     for place, column in enumerate(columns):
@@ -168,7 +170,9 @@ def histogram_chart(
     every = math.ceil(len(counts) / TICKS_ACROSS)
     every = next(step for step in (1, 2, 4, 5, 10, 20, 25, 50, every) if step >= every)
     ticks = [(place(edge), f"{edge:g}") for edge in edges[::every]]
-    return column_chart(title, description, columns, ticks, [Mark(place(value), label) for value, label in marks])
+    return column_chart(
+        title, description, columns, ticks, [Mark(place(value), label) for value, label in marks], STEPS_UP
+    )
 
 
 def time_ticks(total_s: float) -> list[tuple[float, str]]:
@@ -181,7 +185,7 @@ def time_ticks(total_s: float) -> list[tuple[float, str]]:
 
 def line_chart(title: str, description: str, times_s: Sequence[float], values: Sequence[float]) -> Html:
     """A line that begins at time zero, with the area below it filled; the last value is above zero."""
-    heights = ticks_up_to(max(values), 5)
+    heights = ticks_up_to(max(values), STEPS_UP)
     points = [
         f"{100 * t / times_s[-1]:.3f},{100 * (1 - v / heights[-1]):.3f}" for t, v in zip(times_s, values, strict=True)
     ]

@@ -88,14 +88,16 @@ class Histogram:
         return int(self.counts[: found + 1].sum())
 
     def bars(self, start: float, stop: float, widths: Sequence[float], at_most: int) -> Bars:
-        """Regroup into bars of one width between `start` and about `stop`, both within the edges.
+        """Regroup into bars of one width from `start` to the border behind `stop`, both within the edges.
 
         Args:
             widths: ascending choices, multiples of the bins they cover; the first that needs few enough bars is taken.
             at_most: bars.
         """
-        width = next((w for w in widths if (stop - start) / w <= at_most + 10**-DIGITS), widths[-1])
-        bars = max(1, int(np.ceil((stop - start) / width - 10**-DIGITS)))
+        wanted = [int((stop - start) / width + 10**-DIGITS) + 1 for width in widths]
+        bars, width = next(
+            (pair for pair in zip(wanted, widths, strict=True) if pair[0] <= at_most), (wanted[-1], widths[-1])
+        )
         edges = [round(start + width * n, DIGITS) for n in range(bars + 1)]
         edges = [edge for edge in edges if edge <= self.edges[-1]]
         counts = [self.count_below(edge) for edge in edges]

@@ -100,6 +100,14 @@ def number(value: float | None, digits: int = 0) -> str:
     return "–" if value is None else f"{value:,.{digits}f}"
 
 
+def rounded(value: float, digits: int = 0) -> str:
+    """`1,234.5`; from ten millions on `12.3 million`, `4.57 billion`."""
+    for size, name in ((1e9, "billion"), (1e6, "million")):
+        if value >= max(size, 1e7):
+            return f"{value / size:,.3g} {name}" if value < 1000 * size else f"{value / size:,.0f} {name}"
+    return number(value, digits)
+
+
 def short(value: float) -> str:
     """A number for an axis: `0.5`, `950`, `12k`, `1.5M`."""
     for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):

@@ -13,13 +13,14 @@ import numpy as np
 
 import parakeet_core
 from jobs.charts import Column, column_chart, line_chart, share_bar, time_ticks, waterfall_chart
-from jobs.markup import Html, element, figure, foreign, join, number, numbers_table, percent, safe, span
+from jobs.markup import Html, element, figure, foreign, join, number, numbers_table, percent, rounded, safe, span
 from jobs.report_rows import confidence_section, error_section, histogram_section, rate_section
 from jobs.report_stats import TableStats, committed_over_time, gather_stats
 from jobs.report_style import STYLE
 from jobs.storage import Storage
 
 REPORT_FILE = "report.html"
+AUDIO_UNITS = ((3600, "hours"), (60, "minutes"), (1, "seconds"))
 STAGE_NAMES = {
     "storage": "Storage wait",
     "decode": "Decode",
@@ -124,7 +125,7 @@ def headline(receipt: dict) -> Html:
         wer, wer_note = percent(r["wer"]), f"over {number(r['reference_words'])} reference words"
     cards = element(
         "div",
-        card("Items", number(r["items_in"]), f"{percent(r['error_rate'])} errors"),
+        card("Items", rounded(r["items_in"]), f"{percent(r['error_rate'])} errors"),
         card("Audio", audio(r["hours_in"]), this_run),
         card(
             "Speed, end to end",
@@ -167,7 +168,7 @@ def card(label: str, value: str, note: str) -> Html:
 
 def audio(hours: float) -> str:
     """Hours of audio; under an hour as a length of time."""
-    return f"{number(hours, 2 if hours < 1000 else 0)} h" if hours >= 1 else span(hours * 3600)
+    return f"{rounded(hours, 2 if hours < 1000 else 0)} h" if hours >= 1 else span(hours * 3600)
 
 
 def time_section(receipt: dict, throughput: Sequence[tuple[float, float]]) -> Html:
@@ -206,15 +207,15 @@ def throughput_figures(receipt: dict, throughput: Sequence[tuple[float, float]])
     if not borders.size:
         return [figure("Throughput", "This run committed no audio.")]
     rates = [float(rate) for rate in np.diff(audio_s) / np.diff(borders)]
-    hours = audio_s / 3600
+    unit_s, unit = next(scale for scale in AUDIO_UNITS if audio_s[-1] >= scale[0] or scale[0] == 1)
     times = [f"{span(start)} to {span(stop)}" for start, stop in pairwise(borders)]
     columns = [Column(rate, f"{time}: RTFx {number(rate, 1)}") for time, rate in zip(times, rates, strict=True)]
     text = f"The whole run, start and end included: {number(receipt['rtfx_end_to_end'], 1)}."
     speed = column_chart("RTFx over time", text, columns, time_ticks(borders[-1]))
     rate_rows = [(time, number(rate, 1)) for time, rate in zip(times, rates, strict=True)]
-    done = f"{number(hours[-1], 3)} hours of audio at the end."
-    line = line_chart("Hours committed", done, borders, hours)
-    hour_rows = [(span(time), number(value, 3)) for time, value in zip(borders, hours, strict=True)]
+    done = f"{audio(audio_s[-1] / 3600)} at the end."
+    line = line_chart("Audio committed", done, borders, audio_s / unit_s)
+    audio_rows = [(span(time), number(value / unit_s, 3)) for time, value in zip(borders, audio_s, strict=True)]
     return [
         figure(
             f"RTFx in intervals of {span(borders[1])}",
@@ -223,10 +224,10 @@ def throughput_figures(receipt: dict, throughput: Sequence[tuple[float, float]])
             numbers_table(("interval", "RTFx"), rate_rows, "RTFx over time"),
         ),
         figure(
-            "Hours committed by this run",
+            f"Audio committed by this run, {unit}",
             done,
             element("div", line, class_="plot-area"),
-            numbers_table(("time", "hours"), hour_rows, "Hours committed"),
+            numbers_table(("time", unit), audio_rows, "Audio committed"),
         ),
     ]
 

@@ -14,7 +14,9 @@ RATE_WIDTHS = (0.25, 0.5, 1, 2, 5)
 MOST_BARS = 40
 TAIL = 0.005  # share of the values that one grey column at the end of a histogram may stand for
 FAR_OUT = 3.0  # times the distance of the quartiles, beyond either of them (Tukey 1977: "far out")
+FENCES_FROM = 20  # items: the quartiles of fewer say little
 RATE_STEP = 0.25  # characters per second: fences are moved outwards to a border of `report_stats.RATE_EDGES`
+HINT = "Often music, silence, another language or a wrong segment. A number in bold is far from the rest."
 TEXT_START = 120  # characters of a text in the speech-rate tables
 
 
@@ -30,7 +32,7 @@ def duration_figure(durations: Histogram) -> Html:
     if not durations.total:
         return figure("Duration of items, seconds", "No item was transcribed.")
     top = min(durations.quantile(1 - TAIL), float(durations.edges[-1]))
-    bars = durations.bars(0.0, max(top, DURATION_WIDTHS_S[0]), DURATION_WIDTHS_S, MOST_BARS)
+    bars = durations.bars(0.0, top, DURATION_WIDTHS_S, MOST_BARS)
     median = durations.quantile(0.5)
     caption = (
         f"Mean {span(durations.mean)}, median {span(median)}; shortest {span(durations.minimum)}, "
@@ -58,18 +60,17 @@ def rate_figure(rates: Histogram) -> Html:
     if not rates.total:
         return figure("Characters per second", "No item has a text.")
     slow, fast = far_out_fences(rates)
-    too_slow, too_fast = rates.count_below(slow), rates.total - rates.count_below(fast)
-    median = rates.quantile(0.5)
-    top = min(max(rates.quantile(1 - TAIL), fast), float(rates.edges[-1]))
-    bars = rates.bars(0.0, max(top, RATE_WIDTHS[0]), RATE_WIDTHS, MOST_BARS)
-    caption = f"{number(too_fast)} items have {fast:g} or more, far from the rest: often a wrong segment or a loop."
-    if slow:
-        caption = (
-            f"{number(too_slow)} items have less than {slow:g}, {number(too_fast)} have {fast:g} or more: far from the "
-            "rest, often music, silence, another language or a wrong segment."
-        )
-    marks = [(slow, f"< {slow:g}")] if slow else []
-    marks += [(median, f"median {number(median, 1)}"), (fast, f"≥ {fast:g}")]
+    median, end = rates.quantile(0.5), float(rates.edges[-1])
+    marks = [(median, f"median {number(median, 1)}")]
+    caption = f"Mean {number(rates.mean, 1)}."
+    if slow > 0:
+        caption += f" {number(rates.count_below(slow))} items have less than {slow:g}, far from the rest."
+        marks.append((slow, f"< {slow:g}"))
+    if fast < end:
+        caption += f" {number(rates.total - rates.count_below(fast))} items have {fast:g} or more, far from the rest."
+        marks.append((fast, f"≥ {fast:g}"))
+    top = max(rates.quantile(1 - TAIL), fast if fast < end else 0.0)
+    bars = rates.bars(0.0, min(top, end), RATE_WIDTHS, MOST_BARS)
     return histogram_figure("Characters per second", caption, bars, "characters per second", marks, (slow, fast))
 
 
@@ -126,12 +127,15 @@ def item_id(row: Row) -> Html:
 
 
 def far_out_fences(rates: Histogram) -> tuple[float, float]:
-    """Borders beyond which a value is far from all others, both edges of the histogram."""
+    """Borders beyond which a value is far from all others; those of the histogram where it holds too few to tell."""
+    end = float(rates.edges[-1])
+    if rates.total < FENCES_FROM:
+        return 0.0, end
     low, high = rates.quantile(0.25), rates.quantile(0.75)
     reach = FAR_OUT * (high - low)
     slow = math.floor((low - reach) / RATE_STEP) * RATE_STEP
-    fast = math.ceil((high + reach) / RATE_STEP) * RATE_STEP
-    return max(slow, 0.0), min(fast, float(rates.edges[-1]))
+    fast = (math.floor((high + reach) / RATE_STEP) + 1) * RATE_STEP
+    return max(slow, 0.0), min(fast, end)
 
 
 def rate_section(stats: TableStats) -> Html:

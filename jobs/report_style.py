@@ -44,6 +44,7 @@ p { margin: 0 0 12px; }
   padding: 12px 16px; margin: 16px 0 0; overflow-wrap: anywhere; }
 .cards { display: grid; grid-template-columns: repeat(4, 1fr); gap: 16px; margin-top: 24px; }
 .pair { display: grid; grid-template-columns: 1fr 1fr; gap: 16px; }
+.pair > :only-child { grid-column: 1 / -1; }
 .card, figure, .sheet { background: var(--card); border: 1px solid var(--line); border-radius: 12px; }
 .card, figure { padding: 18px 20px; margin: 0; min-width: 0; }
 figure { display: flex; flex-direction: column; }
