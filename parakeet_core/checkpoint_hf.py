@@ -21,7 +21,13 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAPPED_BYTES = 256 << 20  # weights read through one mapping; its pages count as ours until it is closed
 IGNORED_SUFFIX = "num_batches_tracked"  # a training counter
 
-ENCODER_KEYS = {  # ours -> theirs
+MODEL_KEYS = {  # ours -> theirs
+    "vocab_size": "vocab_size",
+    "blank_id": "pad_token_id",
+    "loss_reduction": "ctc_loss_reduction",
+    "loss_zero_infinity": "ctc_zero_infinity",
+}
+ENCODER_KEYS = {
     "d_model": "hidden_size",
     "n_layers": "num_hidden_layers",
     "n_heads": "num_attention_heads",
@@ -104,16 +110,8 @@ def _model_config(path: Path, config: dict, shapes: dict[str, tuple[int, ...]]) 
     depthwise = shapes.get("encoder.layers.0.conv.depthwise_conv.weight", ())
     if len(depthwise) == 3:  # published configs have been seen to leave the kernel out
         encoder_config = dataclasses.replace(encoder_config, conv_kernel=depthwise[-1])
-    top = typed_dataclass(
-        ModelConfig, config, {"vocab_size": "vocab_size", "blank_id": "pad_token_id"}, f"{path}/config.json"
-    )
-    return dataclasses.replace(
-        top,
-        encoder=encoder_config,
-        frontend=_frontend_config(path),
-        loss_reduction=config.get("ctc_loss_reduction", "mean"),
-        loss_zero_infinity=bool(config.get("ctc_zero_infinity", True)),
-    )
+    top = typed_dataclass(ModelConfig, config, MODEL_KEYS, f"{path}/config.json")
+    return dataclasses.replace(top, encoder=encoder_config, frontend=_frontend_config(path))
 
 
 def _frontend_config(path: Path) -> FrontendConfig:

@@ -6,7 +6,7 @@ published checkpoints leave out what equals them.
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 from parakeet_core.errors import CheckpointError
 
@@ -65,12 +65,15 @@ class EncoderConfig:
     layerdrop: float = 0.1
 
     def __post_init__(self):
-        wrong = []
-        if self.d_model % self.n_heads or self.d_model % 2:
+        sizes = ("d_model", "n_layers", "n_heads", "d_ff", "conv_kernel", "n_mels")
+        sizes += ("subsampling_channels", "subsampling_kernel")
+        wrong = [f"{name} is {getattr(self, name)} (expected 1 or more)" for name in sizes if getattr(self, name) < 1]
+        if not wrong and (self.d_model % self.n_heads or self.d_model % 2):
             wrong.append(f"width {self.d_model} is not even or not a multiple of its {self.n_heads} heads")
         if self.conv_kernel % 2 == 0 or self.subsampling_kernel % 2 == 0:
             wrong.append(f"kernels must be odd, found {self.conv_kernel} and {self.subsampling_kernel}")
-        if self.subsampling_factor != self.subsampling_stride**self.n_subsampling_stages:
+        powers = [self.subsampling_stride**stages for stages in range(1, 9)]
+        if self.subsampling_stride < 2 or self.subsampling_factor not in powers:
             wrong.append(
                 f"subsampling factor {self.subsampling_factor} is not a power of its stride {self.subsampling_stride}"
             )
@@ -111,6 +114,8 @@ class ModelConfig:
     def __post_init__(self):
         if not 0 <= self.blank_id < self.vocab_size:
             raise CheckpointError(f"blank id {self.blank_id} is outside the vocabulary of {self.vocab_size}")
+        if self.loss_reduction not in get_args(Reduction):
+            raise CheckpointError(f"loss reduction {self.loss_reduction!r}: expected one of {get_args(Reduction)}")
         if self.encoder.n_mels != self.frontend.n_mels:
             raise CheckpointError(
                 f"the encoder takes {self.encoder.n_mels} mel bins, the front end makes {self.frontend.n_mels}"
