@@ -1,0 +1,62 @@
+"""The import rules of STYLE: the core runs without Ray, object stores or the reference; `cluster` holds no Python."""
+
+import ast
+import subprocess
+import sys
+
+import pytest
+from conftest import REPO
+
+# What a step may never need: what would point backward, and what the core is used without.
+FORBIDDEN = {
+    "parakeet_core": {"ray", "jobs", "cluster", "tests", "fsspec", "s3fs", "botocore", "pyarrow", "transformers"},
+    "jobs": {"cluster", "tests", "transformers"},
+}
+PIPELINE = ["config", "encoder", "ctc", "inference", "decoding", "engine", "transcriber"]
+
+
+def imported_modules(path) -> set[str]:
+    """Top-level names of every import in a file, wherever it stands."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names.add(node.module)
+    return names
+
+
+@pytest.mark.parametrize("package", list(FORBIDDEN))
+def test_no_forbidden_import_is_written(package):
+    files = sorted((REPO / package).rglob("*.py"))
+    assert files
+    for path in files:
+        found = {name.split(".")[0] for name in imported_modules(path)}
+        assert not found & FORBIDDEN[package], path
+
+
+def test_no_forbidden_module_is_loaded():
+    """Also not by a third party on our behalf: every module of the core is imported in a fresh interpreter."""
+    modules = [
+        f"parakeet_core.{path.stem}" for path in (REPO / "parakeet_core").glob("*.py") if path.stem != "__main__"
+    ]
+    program = (
+        f"import importlib, sys\nfor name in {modules!r}: importlib.import_module(name)\n"
+        f"print(sorted({FORBIDDEN['parakeet_core']!r} & {{name.split('.')[0] for name in sys.modules}}))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=REPO, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_steps_import_earlier_steps_only():
+    """At module level: `prepare_inference` and `read_source` import their counterparts when they are called."""
+    for position, name in enumerate(PIPELINE):
+        tree = ast.parse((REPO / "parakeet_core" / f"{name}.py").read_text(encoding="utf-8"))
+        imported = {node.module for node in tree.body if isinstance(node, ast.ImportFrom)}
+        later = {f"parakeet_core.{other}" for other in PIPELINE[position + 1 :]}
+        assert not imported & later, name
+
+
+def test_cluster_holds_no_python():
+    assert not list((REPO / "cluster").rglob("*.py"))
