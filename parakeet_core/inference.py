@@ -14,6 +14,8 @@ What is folded, and why it is the same function but for rounding:
   all where every item fills the batch.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -32,10 +34,8 @@ from parakeet_core.encoder import (
 )
 
 POSITION_STEP = 256  # encoder frames (20 s): position tables grow by whole steps, so that few lengths make them grow
-MIN_TILE_FRAMES = 4  # encoder frames; in smaller tiles most of the work would be what neighbours compute too
-TILE_BYTES = (
-    4 << 20
-)  # largest buffer of a subsampling tile on the CPU: stays in cache and under malloc's mmap threshold
+MIN_TILE_FRAMES = 4  # encoder frames; in smaller tiles a third of the work would be what neighbours compute too
+TILE_BYTES = 2 << 20  # first convolution's output on the CPU: fastest of 64 kB to 16 MB at 32 and at 256 channels
 
 
 class InferenceModel(nn.Module):
@@ -73,9 +73,9 @@ class InferenceModel(nn.Module):
         if padded is None:
             padded = bool((lens < features.shape[1]).any())
         states = self.subsampling(features, lens if padded else None)
-        valid = valid_frames(out_lens, states.shape[1]) if padded else None
+        padding = Padding.of(out_lens, states.shape[1], states.dtype) if padded else None
         for layer in self.layers:
-            states = layer(states, valid)
+            states = layer(states, padding)
         return self.head(states), out_lens
 
     def reserve_positions(self, frames: int) -> None:
@@ -85,11 +85,10 @@ class InferenceModel(nn.Module):
 
 
 class TiledSubsampling(nn.Module):
-    """`Subsampling` with channels last, run in tiles of time on the CPU: [B, T, M] -> [B, U, D].
+    """`Subsampling` with channels last: [B, T, M] -> [B, U, D].
 
-    The first convolution's output is C times M / 2 numbers a frame: 40 MB for ten seconds at the true width. In tiles,
-    buffers are reused from the cache instead of being mapped and cleared by the kernel for every batch, which took half
-    of a small model's time.
+    On the CPU item by item, each at its own length, in tiles of time. The first convolution's output is C times M / 2
+    numbers a frame, 40 MB for ten seconds at the true width; a tile's stays in the cache, and needs no mask.
     """
 
     def __init__(self, plain: Subsampling, config: EncoderConfig):
@@ -107,48 +106,51 @@ class TiledSubsampling(nn.Module):
 
     def forward(self, features: Tensor, lens: Tensor | None) -> Tensor:
         """`lens` None says that every item fills the batch."""
-        frames = self.config.subsample(features.shape[1])
-        if lens is None:
-            lens = features.new_full(features.shape[:1], features.shape[1], dtype=torch.int64)
-        tile = self._tile_frames(features)
-        tiles = [self._subsample(features, lens, start, min(start + tile, frames)) for start in range(0, frames, tile)]
-        return tiles[0] if len(tiles) == 1 else torch.cat(tiles, dim=1)
-
-    def _tile_frames(self, features: Tensor) -> int:
-        """Encoder frames of a tile: on the CPU as many as keep the first convolution's output near TILE_BYTES."""
-        config = self.config
-        if features.device.type != "cpu":
-            return max(config.subsample(features.shape[1]), 1)
-        row_bytes = config.subsampling_channels * config.subsample_once(config.n_mels) * features.element_size()
-        frame_bytes = features.shape[0] * row_bytes * config.subsampling_factor // config.subsampling_stride
-        return max(TILE_BYTES // frame_bytes, MIN_TILE_FRAMES)
-
-    def _subsample(self, features: Tensor, lens: Tensor, start: int, end: int) -> Tensor:
-        """Encoder frames [start, end): [B, end - start, D].
-
-        The convolutions run without padding in time, over a slice that reaches as far as these frames see. Where it
-        reaches past an item's ends, states are set to zero after each convolution, which is what padding would hold.
-        """
-        stride, kernel = self.config.subsampling_stride, self.config.subsampling_kernel
-        spans = [(start, end)]
-        for _ in range(self.config.n_subsampling_stages):
-            first, last = spans[0]
-            spans.insert(0, (stride * first - kernel // 2, stride * (last - 1) - kernel // 2 + kernel))
-        first, last = spans[0]
-        states = features[:, max(first, 0) : last]
-        states = F.pad(states, (0, 0, max(-first, 0), last - max(first, 0) - states.shape[1]))
-        states = _keep_valid(states[..., None], spans[0], lens)  # [B, T, M, 1]
-        for stage, span in enumerate(spans[1:]):
-            states = self._convolve(states, stage)  # [B, T', M', C]
-            lens = self.config.subsample_once(lens)
-            if stage + 1 < self.config.n_subsampling_stages:
-                states = _keep_valid(states, span, lens)
+        if features.device.type == "cpu" and not torch.compiler.is_compiling():
+            return self.linear(self._by_item(features, lens))
+        states = features[..., None]  # [B, T, M, 1]
+        for stage in range(self.config.n_subsampling_stages):
+            if lens is not None:
+                valid = valid_frames(lens, states.shape[1])
+                states = torch.where(valid[:, :, None, None], states, 0.0)
+                lens = self.config.subsample_once(lens)
+            states = self._convolve(states, stage, self.config.subsampling_kernel // 2)  # [B, T', M', C]
         return self.linear(states.flatten(2))
 
-    def _convolve(self, states: Tensor, stage: int) -> Tensor:
+    def _by_item(self, features: Tensor, lens: Tensor | None) -> Tensor:
+        """States before the linear: [B, U, M' * C], zeros past an item's length."""
+        config = self.config
+        frames, mels = features.shape[1], config.subsample(config.n_mels)
+        row_bytes = config.subsampling_channels * config.subsample_once(config.n_mels) * features.element_size()
+        tile = max(TILE_BYTES // (row_bytes * config.subsampling_factor // config.subsampling_stride), MIN_TILE_FRAMES)
+        states = features.new_zeros(len(features), config.subsample(frames), mels * config.subsampling_channels)
+        items = [frames] * len(features) if lens is None else lens.tolist()
+        for row, item, length in zip(states, features, items, strict=True):
+            kept = config.subsample(length)
+            for start in range(0, kept, tile):
+                end = min(start + tile, kept)
+                row[start:end] = self._frames(item[:length], config.n_subsampling_stages, start, end).flatten(1)
+        return states
+
+    def _frames(self, item: Tensor, stage: int, start: int, end: int) -> Tensor:
+        """Frames [start, end) of an item [T, M] after `stage` stages, zeros where they lie outside it: [T', M', C]."""
+        kernel, stride = self.config.subsampling_kernel, self.config.subsampling_stride
+        length = item.shape[0]
+        for _ in range(stage):
+            length = self.config.subsample_once(length)
+        first, last = max(start, 0), min(end, length)
+        if stage == 0:
+            states = item[first:last, :, None]
+        else:
+            seen = stride * first - kernel // 2, stride * (last - 1) - kernel // 2 + kernel
+            states = self._convolve(self._frames(item, stage - 1, *seen)[None], stage - 1, 0)[0]
+        outside = (first - start, end - last)
+        return F.pad(states, (0, 0, 0, 0, *outside)) if any(outside) else states
+
+    def _convolve(self, states: Tensor, stage: int, time_padding: int) -> Tensor:
         """One strided stage on channels-last states, with its activation: [B, T, M, C] -> [B, T', M', C']."""
         conv = self.convolutions[stage]
-        padding = (0, self.config.subsampling_kernel // 2)
+        padding = (time_padding, self.config.subsampling_kernel // 2)
         states = F.conv2d(states.permute(0, 3, 1, 2), conv.weight, conv.bias, conv.stride, padding, groups=conv.groups)
         states = states.permute(0, 2, 3, 1)
         if stage > 0:
@@ -156,11 +158,19 @@ class TiledSubsampling(nn.Module):
         return states.relu_()
 
 
-def _keep_valid(states: Tensor, span: tuple[int, int], lens: Tensor) -> Tensor:
-    """Zeros where frames [span) of [B, T, M, C] lie before an item's start or past its length."""
-    frames = torch.arange(*span, device=lens.device)
-    valid = (frames >= 0) & (frames < lens[:, None])
-    return torch.where(valid[:, :, None, None], states, 0.0)
+class Padding(NamedTuple):
+    """Where a batch holds padding, in the two forms that layers need; `None` in its place says nowhere."""
+
+    kept: Tensor  # [B, U, 1], one on an item's frames, zero past them
+    key_bias: Tensor  # [B, 1, 1, U], added to scores: zero, or so low that the key has no weight
+
+    @classmethod
+    def of(cls, lens: Tensor, frames: int, dtype: torch.dtype) -> "Padding":
+        valid = valid_frames(lens, frames)
+        # Half of the lowest number, so that a score added to it stays finite, as do rows of items without frames.
+        lowest = torch.finfo(dtype).min / 2
+        key_bias = torch.where(valid, 0.0, lowest).to(dtype)
+        return cls(valid[:, :, None].to(dtype), key_bias[:, None, None])
 
 
 class FusedLayer(nn.Module):
@@ -174,10 +184,10 @@ class FusedLayer(nn.Module):
         self.norm_feed_forward2, self.feed_forward2 = plain.norm_feed_forward2, FusedFeedForward(plain.feed_forward2)
         self.norm_out = plain.norm_out
 
-    def forward(self, states: Tensor, valid: Tensor | None) -> Tensor:
+    def forward(self, states: Tensor, padding: Padding | None) -> Tensor:
         states = states + self.feed_forward1(self.norm_feed_forward1(states))
-        states = states + self.attention(self.norm_attention(states), valid)
-        states = states + self.convolution(self.norm_convolution(states), valid)
+        states = states + self.attention(self.norm_attention(states), padding)
+        states = states + self.convolution(self.norm_convolution(states), padding)
         states = states + self.feed_forward2(self.norm_feed_forward2(states))
         return self.norm_out(states)
 
@@ -213,17 +223,19 @@ class FusedAttention(nn.Module):
         self.register_buffer("positions", empty, persistent=False)  # [H, K, P of the longest batch so far]
         self.register_buffer("position_scores", empty, persistent=False)  # [H, 1, P]
 
-    def forward(self, states: Tensor, valid: Tensor | None) -> Tensor:
-        frames = states.shape[1]
+    def forward(self, states: Tensor, padding: Padding | None) -> Tensor:
+        batch, frames = states.shape[:2]
         self.reserve(frames)
         centre = self.positions.shape[-1] // 2  # distance 0
         window = slice(centre - frames + 1, centre + frames)
         qkv = self.qkv(states).unflatten(-1, (3, self.n_heads, self.d_head))  # [B, U, 3, H, K]
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # [B, H, U, K] each
-        by_distance = q @ self.positions[..., window] + self.position_scores[..., window]  # [B, H, U, P]
-        scores = shift_relative(by_distance)  # [B, H, U, U]
-        if valid is not None:
-            scores.masked_fill_(~valid[:, None, None], torch.finfo(scores.dtype).min)
+        # One product per head over all items' queries: with items in front, positions would be copied for each item.
+        queries = qkv[:, :, 0].flatten(0, 1).transpose(0, 1)  # [H, B * U, K]
+        by_distance = torch.baddbmm(self.position_scores[..., window], queries, self.positions[..., window])
+        scores = shift_relative(by_distance.unflatten(1, (batch, frames))).transpose(0, 1)  # [B, H, U, U]
+        if padding is not None:
+            scores = scores + padding.key_bias
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=scores, scale=1.0)
         return self.out(out.transpose(1, 2).flatten(2))
 
@@ -256,10 +268,10 @@ class FusedConvolution(nn.Module):
         self.pointwise1 = _linear(plain.pointwise_conv1.weight.squeeze(-1), plain.pointwise_conv1.bias)
         self.pointwise2 = _linear(plain.pointwise_conv2.weight.squeeze(-1), plain.pointwise_conv2.bias)
 
-    def forward(self, states: Tensor, valid: Tensor | None) -> Tensor:
+    def forward(self, states: Tensor, padding: Padding | None) -> Tensor:
         states = F.glu(self.pointwise1(states))  # [B, U, D]
-        if valid is not None:
-            states = states * valid[:, :, None]
+        if padding is not None:
+            states = states * padding.kept
         # As an image of height one, [B, D, 1, U] with channels last, the states need not be transposed in memory.
         image = states[:, None].permute(0, 3, 1, 2)
         kernel = self.depthwise_weight.shape[-1]
