@@ -76,10 +76,14 @@ class SentencePieceTokenizer:
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """Tokenizer from a `tokenizer.json` or `tokenizer.model` file, by its name's ending."""
-    if path.suffix == ".json":
-        return TokenizerJson(path.read_text(encoding="utf-8"), path.name)
-    return SentencePieceTokenizer(path.read_bytes(), path.name)
+    """Tokenizer from a `tokenizer.json` or `tokenizer.model` file, by its name's ending. Raises CheckpointError."""
+    try:
+        content = path.read_text(encoding="utf-8") if path.suffix == ".json" else path.read_bytes()
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path}: not a readable tokenizer file ({error})") from error
+    if isinstance(content, str):
+        return TokenizerJson(content, path.name)
+    return SentencePieceTokenizer(content, path.name)
 
 
 def check_pieces(tokenizer: Tokenizer, vocab_size: int, name: str) -> None:
