@@ -1,0 +1,80 @@
+"""Both tokenizer formats behind one interface, and files that are neither."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from small_models import TINY_EN
+
+from parakeet_core.errors import CheckpointError
+from parakeet_core.tokenizer import check_pieces, load_tokenizer
+
+WORDS = st.lists(st.text("abcdefghijklmnopqrstuvwxyz'", min_size=1, max_size=8), max_size=6).map(" ".join)
+
+
+@pytest.fixture(scope="module")
+def both():
+    return load_tokenizer(TINY_EN / "tokenizer.json"), load_tokenizer(TINY_EN / "tokenizer.model")
+
+
+@given(text=WORDS)
+def test_round_trip_and_agreement(both, text):
+    for tokenizer in both:
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    from_json, from_model = both
+    assert from_json.encode(text) == from_model.encode(text)
+
+
+def test_pieces_are_by_id(both):
+    from_json, from_model = both
+    assert (len(from_json.pieces), len(from_model.pieces)) == (129, 128)  # the JSON form names the blank as well
+    assert from_json.pieces[:128] == from_model.pieces
+    for text in ("please hold", "one two"):
+        assert "".join(from_json.pieces[i] for i in from_json.encode(text)).replace("▁", " ").strip() == text
+
+
+def test_empty_text(both):
+    for tokenizer in both:
+        assert tokenizer.encode("") == []
+        assert tokenizer.decode([]) == ""
+
+
+def test_unknown_piece(both):
+    """Each form prints id 0 as its library does: the JSON form leaves it out, SentencePiece shows it."""
+    from_json, from_model = both
+    a, b = from_json.encode("a")[0], from_json.encode("b")[0]
+    assert from_json.decode([a, 0, b]) == "a b"
+    assert from_model.decode([a, 0, b]) == "a ⁇  b"
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer.json", b""),
+        ("tokenizer.json", b"{}"),
+        ("tokenizer.json", b"[1, 2"),
+        ("tokenizer.json", b"\xff\xfe\x00\x9f"),
+        ("tokenizer.model", b""),
+        ("tokenizer.model", b"no protobuf"),
+        ("tokenizer.model", b"\x00" * 100),
+    ],
+)
+def test_files_that_are_no_tokenizer_are_refused(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(CheckpointError, match=name):
+        load_tokenizer(tmp_path / name)
+
+
+def test_missing_file_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="tokenizer.model"):
+        load_tokenizer(tmp_path / "tokenizer.model")
+
+
+@pytest.mark.parametrize(("vocab_size", "fits"), [(127, False), (128, True), (129, True), (130, False)])
+def test_pieces_must_cover_the_vocabulary(both, vocab_size, fits):
+    """All ids have a text but for the blank, which may have one."""
+    _, from_model = both
+    if fits:
+        check_pieces(from_model, vocab_size, "tokenizer.model")
+    else:
+        with pytest.raises(CheckpointError, match=f"128 pieces, the model {vocab_size} outputs"):
+            check_pieces(from_model, vocab_size, "tokenizer.model")
