@@ -151,10 +151,9 @@ def rate_section(stats: TableStats) -> Html:
         return join(heading, element("p", "All items have the same speech rate.", class_="card"))
     return join(
         heading,
-        rate_table(f"Fastest: far out from {fast:g} characters per second on", fastest, slow, fast),
-        rate_table(
-            f"Slowest: far out below {slow:g} characters per second" if slow else "Slowest", slowest, slow, fast
-        ),
+        element("p", HINT, class_="soft"),
+        rate_table("Fastest", fastest, slow, fast),
+        rate_table("Slowest", slowest, slow, fast),
     )
 
 
