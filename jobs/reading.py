@@ -4,6 +4,8 @@ Whatever breaks, there is exactly one `ReadItem` per item: with bytes, with a se
 becomes its row. Knows nothing of decoding, of Ray, or of how shards were cut.
 """
 
+import contextlib
+import threading
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -35,61 +37,107 @@ class ReadLimits:
 def read_items(
     rows: pa.Table, options: StorageOptions = DEFAULT_OPTIONS, limits: ReadLimits = ReadLimits()
 ) -> Iterator[ReadItem]:
-    """All items of a shard, grouped by source, in the order of the rows. Each source is fetched once.
+    """All items of a shard, in the order of the rows but grouped by source. Each source is fetched once.
 
     Args:
         rows: of `PLAN_SCHEMA`, as `plan_store.read_shard` gives them.
     """
     reader = SourceReader(options)
-    groups: dict[tuple[str, str, int], list[dict]] = {}
+    files: dict[str, list[dict]] = {}
+    containers = []
     for index, row in enumerate(rows.to_pylist()):
-        alone = index if row["layout"] != "file" or row["error_kind"] else -1
-        groups.setdefault((row["source"], row["layout"], alone), []).append(row)
-    with ThreadPoolExecutor(limits.threads, thread_name_prefix="fetch") as pool:
-        try:
-            for group, payload in _fetch_ahead(list(groups.values()), reader, pool, limits):
-                if payload is None:
-                    yield from read_container(group[0], reader)
-                else:
-                    yield from _file_items(group, payload, reader)
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+        if row["error_kind"]:
+            files[f"rejected {index}"] = [row]
+        elif row["layout"] == "file":
+            files.setdefault(row["source"], []).append(row)
+        else:
+            containers.append(row)
+    for group, payload in _fetch_ahead(list(files.values()), reader, limits):
+        yield from _file_items(group, payload, reader)
+    if containers:
+        streamed = (item for row in containers for item in read_container(row, reader))
+        yield from _stream_ahead(streamed, limits.bytes_ahead)
 
 
 def _fetch_ahead(
-    groups: list[list[dict]], reader: SourceReader, pool: ThreadPoolExecutor, limits: ReadLimits
-) -> Iterator[tuple[list[dict], "bytes | SourceFile | InputError | None"]]:
-    """(rows of one source, its payload) in order; None for containers, which are streamed by the consumer."""
-    waiting: deque[tuple[list[dict], Future | None, int]] = deque()
+    groups: list[list[dict]], reader: SourceReader, limits: ReadLimits
+) -> Iterator[tuple[list[dict], "bytes | SourceFile | InputError"]]:
+    """(rows of one source, its payload), in order, with requests running ahead of the consumer."""
+    waiting: deque[tuple[list[dict], Future, int]] = deque()
     ahead_bytes, position = 0, 0
-    while position < len(groups) or waiting:
-        while position < len(groups) and len(waiting) < 4 * limits.threads:
-            group = groups[position]
-            direct = group[0]["layout"] != "file" or group[0]["error_kind"]
-            cost = 0 if direct else group[0]["size_bytes"] or UNKNOWN_BYTES
-            if waiting and ahead_bytes + cost > limits.bytes_ahead:
-                break
-            future = None if direct else pool.submit(_fetch, reader, group[0])
-            waiting.append((group, future, cost))
-            ahead_bytes += cost
-            position += 1
-        group, future, cost = waiting.popleft()
-        if future is not None:
+    pool = ThreadPoolExecutor(limits.threads, thread_name_prefix="fetch")
+    try:
+        while position < len(groups) or waiting:
+            while position < len(groups) and len(waiting) < 4 * limits.threads:
+                group = groups[position]
+                cost = group[0]["size_bytes"] or UNKNOWN_BYTES
+                if waiting and ahead_bytes + cost > limits.bytes_ahead:
+                    break
+                waiting.append((group, pool.submit(_fetch, reader, group[0]), cost))
+                ahead_bytes += cost
+                position += 1
+            group, future, cost = waiting.popleft()
             yield group, future.result()
-        elif group[0]["error_kind"]:
-            yield group, InputError(ErrorKind(group[0]["error_kind"]), group[0]["error_message"] or "")
-        else:
-            yield group, None
-        ahead_bytes -= cost
+            ahead_bytes -= cost
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _fetch(reader: SourceReader, row: dict) -> "bytes | SourceFile | InputError":
+    if row["error_kind"]:
+        return InputError(ErrorKind(row["error_kind"]), row["error_message"] or "")
     try:
         return reader.fetch_or_open(row["source"], row["size_bytes"])
     except InputError as error:
         return error
     except ConfigError as error:  # a scheme without its package: on this machine the item cannot be had
         return InputError(ErrorKind.BAD_RECORD, str(error))
+
+
+def _stream_ahead(items: Iterator[ReadItem], limit_bytes: int) -> Iterator[ReadItem]:
+    """The same items, read by a thread that stops while `limit_bytes` of them wait to be taken."""
+    waiting: deque[tuple[ReadItem, int]] = deque()
+    changed = threading.Condition()
+    ahead_bytes, stopped = 0, False
+
+    def may_go_on() -> bool:
+        return stopped or not waiting or ahead_bytes < limit_bytes
+
+    def fill() -> None:
+        nonlocal ahead_bytes
+        with contextlib.closing(items):
+            for item in items:
+                cost = len(item.payload) if isinstance(item.payload, bytes) else 0
+                with changed:
+                    changed.wait_for(may_go_on)
+                    if stopped:
+                        return
+                    waiting.append((item, cost))
+                    ahead_bytes += cost
+                    changed.notify_all()
+
+    def wake(_: Future) -> None:
+        with changed:
+            changed.notify_all()
+
+    with ThreadPoolExecutor(1, thread_name_prefix="fetch") as pool:
+        filling = pool.submit(fill)
+        filling.add_done_callback(wake)
+        try:
+            while True:
+                with changed:
+                    changed.wait_for(lambda: waiting or filling.done())
+                    if not waiting:
+                        break
+                    item, cost = waiting.popleft()
+                    ahead_bytes -= cost
+                    changed.notify_all()
+                yield item
+            filling.result()  # what is not an item's error is a defect, and is raised here
+        finally:
+            with changed:
+                stopped = True
+                changed.notify_all()
 
 
 def _file_items(

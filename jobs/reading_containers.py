@@ -20,9 +20,15 @@ from jobs.sources import ReadItem, SourceReader
 from parakeet_core.errors import ErrorKind, InputError
 
 MAX_MEMBER_BYTES = 1 << 30  # held in memory; a member of 9 h of 16 kHz 16-bit speech is a mistake, or a bomb
-MAX_TAIL_BYTES = 1 << 20  # zeros behind the end mark, at most one record of 10 KiB as tar writes it
+MAX_TAIL_BYTES = 1 << 20  # zeros behind the end mark: at most one record of 10 KiB as tar writes it
+STREAM_BYTES = (
+    1 << 17
+)  # read at a time from an archive; tarfile copies what is left of it at each read (10 KiB to 1 MiB tried)
+MAX_SKIP_BYTES = 1 << 36  # tarfile skips a claimed size in steps of STREAM_BYTES even behind the end of the file
 MAX_TEXT_BYTES = 1 << 20  # reference texts and metadata of one utterance
 PARQUET_BATCH_ROWS = 16  # rows decoded at a time: 16 clips of 30 s are about 15 MB
+_META_TYPES = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME)
+_META_TYPES += (tarfile.GNUTYPE_LONGLINK,)
 _TEAR = (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile)
 
 
@@ -43,13 +49,24 @@ class _Header(tarfile.TarInfo):
     @classmethod
     def frombuf(cls, buf, encoding, errors):
         try:
-            return super().frombuf(buf, encoding, errors)
+            header = super().frombuf(buf, encoding, errors)
         except tarfile.EOFHeaderError:
             raise  # a block of zeros: the proper end
         except tarfile.HeaderError as error:
-            raise tarfile.ReadError(
-                f"{error}; the archive ends without its end mark" if not buf else str(error)
-            ) from error
+            found = str(error) if buf else f"{error}; the archive ends without its end mark"
+            raise tarfile.ReadError(found) from error
+        if (
+            header.type in _META_TYPES and header.size > MAX_TEXT_BYTES
+        ):  # tarfile reads these whole, whatever they claim
+            raise tarfile.ReadError(f"a header of {header.size} bytes; expected at most {MAX_TEXT_BYTES}")
+        return header
+
+
+class _Pieces:
+    """What tarfile reads from: pieces as they come, so that all bytes before a tear in a gzip stream are used."""
+
+    def __init__(self, file: io.BufferedReader | gzip.GzipFile):
+        self.read = file.read1
 
 
 def read_tar(tar_id: str, source: str, reader: SourceReader) -> Iterator[ReadItem]:
@@ -85,9 +102,12 @@ def _groups(file: IO[bytes]) -> Iterator[tuple[str, list[tuple[tarfile.TarInfo, 
     key, group, tear = None, [], None
     archive = None
     try:
-        archive = tarfile.open(fileobj=plain, mode="r|", tarinfo=_Header)  # noqa: SIM115 - owns no file
+        archive = tarfile.open(fileobj=_Pieces(plain), mode="r|", bufsize=STREAM_BYTES, tarinfo=_Header)  # noqa: SIM115 - owns no file
         for member in archive:
             archive.members = []  # tarfile keeps every header it has seen
+            ahead = archive.offset - archive.fileobj.tell()  # to the next header; with sparse members not the size
+            if member.size < 0 or not 0 <= ahead <= MAX_SKIP_BYTES:
+                raise tarfile.ReadError(f"member {member.name!r:.100} claims {max(ahead, member.size)} bytes")
             if member.isdir():
                 continue
             data = _member_bytes(archive, member)
@@ -110,12 +130,16 @@ def _member_bytes(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes | 
     extension = _extension(member.name)
     limit = MAX_MEMBER_BYTES if extension in AUDIO_EXTENSIONS else MAX_TEXT_BYTES
     wanted = extension in AUDIO_EXTENSIONS or extension in ("txt", "json")
-    if not member.isreg() or not wanted or member.size > limit:
+    if not _is_plain(member) or not wanted or member.size > limit:
         return None
     data = archive.extractfile(member).read()
     if len(data) != member.size:
         raise tarfile.ReadError(f"member {member.name!r} has {len(data)} of its {member.size} bytes")
     return data
+
+
+def _is_plain(member: tarfile.TarInfo) -> bool:
+    return member.isreg() and not member.issparse()  # a sparse member of a few bytes can unfold to gigabytes of zeros
 
 
 def _key(name: str) -> str:
@@ -143,10 +167,9 @@ def _tar_items(
 
 
 def _unreadable(member: tarfile.TarInfo) -> InputError:
-    if not member.isreg():
-        return InputError(
-            ErrorKind.BAD_RECORD, f"member {member.name!r} is a link or a device, not a file; store the audio"
-        )
+    if not _is_plain(member):
+        found = f"member {member.name!r:.200} is a link, a device or sparse"
+        return InputError(ErrorKind.BAD_RECORD, f"{found}; store a plain file")
     message = f"member {member.name!r} has {member.size} bytes, more than {MAX_MEMBER_BYTES}; store it as a file"
     return InputError(ErrorKind.TOO_LONG, message)
 

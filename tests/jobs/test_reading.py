@@ -7,12 +7,15 @@ import json
 import os
 import tarfile
 import threading
+import time
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import soundfile
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from job_samples import audio_bytes, jsonl, tar_bytes
 
 import jobs.sources
@@ -135,6 +138,22 @@ def test_a_consumer_that_stops_early_stops_the_fetching(storage):
     assert not [t for t in threading.enumerate() if t.name.startswith("fetch") and t.is_alive() and t.join(5)]
 
 
+@pytest.mark.parametrize("bytes_ahead", [1, 100_000, 1 << 30])
+def test_tars_are_read_ahead_within_a_limit_and_stop_with_the_consumer(tmp_path, bytes_ahead):
+    members = {f"{n:03d}.wav": audio_bytes(0.5) for n in range(60)}
+    for name in ("a.tar", "b.tar"):
+        (tmp_path / name).write_bytes(tar_bytes(members))
+    scan = scan_input(InputOptions(str(tmp_path)))
+    rows = pa.Table.from_batches(scan.batches()).sort_by("id")
+    limits = ReadLimits(bytes_ahead=bytes_ahead)
+    whole = list(read_items(rows, limits=limits))
+    assert [item.id for item in whole] == [f"{tar}/{n:03d}" for tar in ("a.tar", "b.tar") for n in range(60)]
+    items = read_items(rows, limits=limits)
+    next(items)
+    items.close()
+    assert not [t for t in threading.enumerate() if t.name.startswith("fetch") and t.is_alive() and t.join(5)]
+
+
 TAR = {
     "sub/a.wav": audio_bytes(0.1),
     "sub/a.txt": b" hello \n",
@@ -218,6 +237,52 @@ def test_links_and_devices_in_a_tar_are_never_followed(tmp_path):
             archive.addfile(header)
     (tmp_path / "x.tar").write_bytes(buffer.getvalue())
     assert kinds(read(Storage(str(tmp_path)))) == dict.fromkeys(["x.tar/s", "x.tar/h", "x.tar/d"], "bad_record")
+
+
+def hostile_tar(**fields) -> bytes:
+    """One audio member with 10 bytes behind a header that says something else."""
+    header = tarfile.TarInfo("a.wav")
+    for name, value in fields.items():
+        setattr(header, name, value)
+    return header.tobuf(tarfile.GNU_FORMAT) + b"0123456789"
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        hostile_tar(size=1 << 62),
+        hostile_tar(size=1 << 62, name="a.dat"),
+        hostile_tar(size=1 << 62, type=tarfile.XHDTYPE),
+        hostile_tar(size=1 << 62, type=tarfile.GNUTYPE_LONGNAME),
+        hostile_tar(size=(1 << 36) - 1, name="a.dat"),
+    ],
+)
+def test_claimed_sizes_cost_neither_time_nor_memory(tmp_path, data):
+    (tmp_path / "x.tar").write_bytes(data)
+    (tmp_path / "x.tar.gz").write_bytes(gzip.compress(data))
+    start = time.monotonic()
+    items = read(Storage(str(tmp_path)))
+    assert [i.payload.kind for i in items if i.id.endswith("#rest")] == ["torn_archive", "torn_archive"]
+    assert len(items) <= 4
+    assert time.monotonic() - start < 2
+
+
+@given(st.data())
+@settings(max_examples=150, deadline=None)
+def test_any_damage_to_a_tar_ends_in_items_and_at_most_one_error(tmp_path_factory, data):
+    raw = bytearray(tar_bytes({"a.wav": b"q" * 700, "a.json": b"{}", "b" * 120 + ".wav": b"q" * 100}))
+    for _ in range(data.draw(st.integers(1, 6))):
+        raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
+    for start in range(0, len(raw), 512):  # checksums that hold, so that damage is met behind the first check
+        if raw[start + 257 : start + 262] == b"ustar":
+            raw[start + 148 : start + 156] = b" " * 8
+            raw[start + 148 : start + 156] = b"%06o\0 " % sum(raw[start : start + 512])
+    folder = tmp_path_factory.getbasetemp() / "damaged"
+    folder.mkdir(exist_ok=True)
+    (folder / "x.tar").write_bytes(raw)
+    items = read(Storage(str(folder)))
+    assert len({item.id for item in items}) == len(items)
+    assert sum(item.id.endswith("#rest") for item in items) <= 1
 
 
 def test_missing_tar_is_one_error(storage):
