@@ -24,7 +24,7 @@ MAX_TAIL_BYTES = 1 << 20  # zeros behind the end mark: at most one record of 10 
 STREAM_BYTES = (
     1 << 17
 )  # read at a time from an archive; tarfile copies what is left of it at each read (10 KiB to 1 MiB tried)
-MAX_SKIP_BYTES = 1 << 36  # tarfile skips a claimed size in steps of STREAM_BYTES even behind the end of the file
+MAX_SKIP_BYTES = 1 << 34  # tarfile skips a claimed size in steps of STREAM_BYTES even behind the end of the file
 MAX_TEXT_BYTES = 1 << 20  # reference texts and metadata of one utterance
 PARQUET_BATCH_ROWS = 16  # rows decoded at a time: 16 clips of 30 s are about 15 MB
 _META_TYPES = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME)
