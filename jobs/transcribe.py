@@ -146,7 +146,7 @@ def _prepare(config: TranscribeConfig) -> tuple[Run, pa.Table | None]:
         state.identity = _identity(model, dtype)
         return state, _missing_shards(state)
     except InputError as error:
-        raise ConfigError(f"the output cannot be used: {error.message}") from error
+        raise ConfigError(f"input or output cannot be used: {error.message}") from error
 
 
 def _identity(model: ModelReference, dtype: str) -> JobIdentity:
