@@ -261,17 +261,16 @@ def _provenance(state: Run) -> dict[str, str]:
 
 
 def _close(state: Run, events: EventLog) -> None:
-    """Leave receipt and events beside the table, however the run ended."""
+    """Leave receipt, page and events beside the table, however the run ended."""
     receipt = state.receipt()
     receipt.write(state.output)
+    write_report(state.output, vars(receipt), state.throughput)
     events.add("end", complete=receipt.complete, items=receipt.items_in, errors=receipt.errors, wall_s=receipt.wall_s)
     events.flush()
 
 
 def _finish(state: Run) -> Receipt:
     receipt = state.receipt()
-    if state.now.shards:
-        write_report(state.output, vars(receipt), state.throughput)
     print(summarise(receipt, RESUME_HINT))
     return receipt
 
@@ -284,7 +283,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return dry_run(config)
         signal.signal(signal.SIGTERM, _stop)
         return run(config).exit_code
-    except JobStoppedError as error:
+    except (JobStoppedError, InputError) as error:  # an InputError here: the output's storage failed
         print(f"stopped: {error}", file=sys.stderr)
         return EXIT_STOPPED
     except KeyboardInterrupt:

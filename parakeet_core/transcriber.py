@@ -93,6 +93,10 @@ class Transcriber:
             waveform, duration_s = self._waveform(item)
         except InputError as error:
             return error, 0.0
+        except FileNotFoundError:
+            return InputError(ErrorKind.MISSING_OBJECT, f"{item}: no such file; check the path"), 0.0
+        except OSError as error:
+            return InputError(ErrorKind.STORAGE, f"{item}: cannot be read ({error.strerror}); check the path"), 0.0
         features, _ = self.checkpoint.frontend([waveform])
         return features[0], duration_s
 

@@ -1,0 +1,58 @@
+"""How the pools fit a cluster, and that a block carries a shard unharmed."""
+
+import pyarrow as pa
+import pytest
+from job_layouts import job_config
+
+from jobs.pipeline import plan_resources
+from jobs.stages import StageClock, pack_shard, unpack_shard
+from parakeet_core import ConfigError
+
+GIB = 2**30
+NODE = {"CPU": 16.0, "GPU": 2.0, "memory": 64.0 * GIB}
+
+
+def resources(device: str, cluster: dict, shards: int = 100, **options):
+    config = job_config("in", "out", **{"model_actors": None} | options)
+    return plan_resources(config, device, cluster, shards, 1800.0, weight_bytes=GIB)
+
+
+def test_one_model_actor_per_gpu_and_a_cpu_left_beside_the_feature_actors():
+    found = resources("cuda", NODE)
+    assert (found.model_pool, found.feature_pool) == ((1, 2), (1, 15))
+    assert found.model_cpus == 0  # its slot cannot be taken by feature actors
+
+
+def test_without_gpu_each_cpu_runs_all_stages():
+    found = resources("cpu", {"CPU": 4.0, "memory": 16.0 * GIB})
+    assert (found.model_pool, found.feature_pool, found.model_cpus) == ((1, 4), None, 1.0)
+
+
+def test_no_more_actors_than_shards_and_stated_pools_are_taken_as_they_are():
+    assert resources("cpu", NODE, shards=3).model_pool == (1, 3)
+    found = resources("cuda", {"CPU": 2.0}, model_actors=(0 + 1, 64), feature_actors=(2, 128))
+    assert (found.model_pool, found.feature_pool) == ((1, 64), (2, 128))
+
+
+@pytest.mark.parametrize(
+    ("device", "cluster", "message"),
+    [("cuda", {"CPU": 8.0}, "no GPU now"), ("cpu", {"CPU": 8.0, "memory": 1.0 * GIB}, "smallest pools need")],
+)
+def test_what_does_not_fit_is_refused_instead_of_waiting_for_ever(device, cluster, message):
+    with pytest.raises(ConfigError, match=message):
+        resources(device, cluster)
+
+
+def test_a_packed_shard_comes_back_as_it_was():
+    table = pa.table({"id": ["a", "b"], "features": pa.array([b"", b"\x00\x01"], pa.large_binary())})
+    clock = StageClock(storage_s=1.5, model_s=2.5)
+    shard, found, found_clock = unpack_shard(pack_shard("0000-000001", table, clock))
+    assert shard == "0000-000001"
+    assert found.equals(table)
+    assert found_clock == clock
+
+
+def test_two_shards_in_one_block_are_a_defect():
+    block = pack_shard("0000-000001", pa.table({"id": ["a"]}), StageClock())
+    with pytest.raises(RuntimeError, match="2 shards"):
+        unpack_shard(pa.concat_tables([block, block]))
