@@ -1,0 +1,70 @@
+"""torch.compile takes both forms as one graph, without a break, and gives what they give uncompiled.
+
+The backend traces and differentiates but generates no code, which would take minutes.
+"""
+
+import pytest
+import torch
+from small_models import random_features, relative_error, small_model
+
+BACKEND = "aot_eager"
+EXACT = 1e-5  # relative: the backends here run the same operations; their order within a fused one may differ
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def assert_same(compiled, model, cases, *flags):
+    for lens in cases:
+        features, lens = random_features(lens, seed=len(lens))
+        with torch.no_grad():
+            expected, expected_lens = model(features, lens, *flags)
+            logits, out_lens = compiled(features, lens, *flags)
+        assert out_lens.tolist() == expected_lens.tolist()
+        for row, frames in enumerate(out_lens.tolist()):
+            assert relative_error(logits[row, :frames], expected[row, :frames]) <= EXACT
+
+
+def test_plain_form():
+    """Two shapes, the second of which makes the compiler see shapes as symbols."""
+    model = small_model(n_layers=1)
+    assert_same(torch.compile(model, fullgraph=True, backend=BACKEND), model, [[64, 40], [120, 97, 8]])
+
+
+@pytest.mark.parametrize("padded", [True, False])
+def test_inference_form(padded):
+    model = small_model(n_layers=1).prepare_inference()
+    model.reserve_positions(32)
+    compiled = torch.compile(model, fullgraph=True, backend=BACKEND)
+    assert_same(compiled, model, [[64, 40]] if padded else [[64, 64]], padded)
+
+
+def test_gradients_of_a_training_step():
+    """Rates are zero, so that both steps are the same."""
+    model = small_model(n_layers=1, dropout=0.0, activation_dropout=0.0, attention_dropout=0.0, layerdrop=0.0).train()
+    features, lens = random_features([64, 40])
+
+    def gradients(forward) -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        logits, out_lens = forward(features, lens)
+        valid = torch.arange(logits.shape[1]) < out_lens[:, None]
+        (logits.log_softmax(-1)[valid] ** 2).mean().backward()
+        return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+    expected = gradients(model)
+    found = gradients(torch.compile(model, fullgraph=True, backend=BACKEND))
+    largest = max(float(gradient.abs().max()) for gradient in expected.values())
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6 * largest, msg=name)
+
+
+def test_training_with_every_rate_is_one_graph():
+    model = small_model(n_layers=2, dropout_positions=0.1).train()  # the other rates are 0.1 by default
+    features, lens = random_features([64, 40])
+    logits, _ = torch.compile(model, fullgraph=True, backend=BACKEND)(features, lens)
+    logits.square().mean().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
