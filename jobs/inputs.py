@@ -28,9 +28,7 @@ AUDIO_EXTENSIONS = frozenset(
     ["wav", "flac", "mp3", "ogg", "oga", "opus", "m4a", "mp4", "aac", "webm", "wma", "aif", "aiff", "aifc"]
     + ["au", "snd", "caf", "w64", "rf64", "sph", "amr", "3gp"]
 )
-MANIFEST_EXTENSIONS = frozenset(
-    {"jsonl", "ndjson"}
-)  # .json only when asked for: it is also the sidecar of an audio file
+MANIFEST_EXTENSIONS = frozenset({"jsonl", "ndjson"})  # .json only when asked for: it is also an audio file's sidecar
 TAR_EXTENSIONS = frozenset({"tar", "tgz"})  # and .tar.gz
 PARQUET_EXTENSIONS = frozenset({"parquet"})
 FORMATS = ("auto", "files", "manifest", "webdataset", "parquet")

@@ -16,11 +16,7 @@ from jobs.storage import Storage, storage_errors
 from parakeet_core.errors import ConfigError, ErrorKind, InputError
 
 FOOTER_THREADS = 16  # a footer is two small requests; 16 at a time read 10,000 footers at 50 ms each in about a minute
-REFERENCE_COLUMNS = (
-    "text",
-    "transcription",
-    "sentence",
-)  # the names used by the audio data sets on the Hugging Face hub
+REFERENCE_COLUMNS = ("text", "transcription", "sentence")  # as the audio sets on the Hugging Face hub name them
 
 
 def tar_rows(storage: Storage, listing: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:

@@ -23,9 +23,7 @@ PROBE_THREADS = 8
 PROBE_ITEMS = 16  # of one container
 PROBE_BYTES = 16 << 20  # of one container
 MAX_PROBE_BYTES = 64 << 20  # some containers (VBR mp3) have to be read to the end to know their length
-NOMINAL_CONTAINER_BYTES_PER_S = (
-    16_000.0  # FLAC of 16 kHz speech, between WAV (32,000) and compressed audio (4,000-8,000)
-)
+NOMINAL_CONTAINER_BYTES_PER_S = 16_000.0  # FLAC of 16 kHz speech, between WAV (32,000) and mp3 (4,000-8,000)
 NOMINAL_ITEM_S = 10.0  # an item of unknown size; the mean of LibriSpeech and Common Voice lies between 5 and 12 s
 NOMINAL_BYTES_PER_S = {  # of speech as usually stored, when no header of the kind can be read
     "wav": 32_000.0,  # 16 kHz, mono, 16 bit

@@ -23,9 +23,7 @@ from parakeet_core.errors import ConfigError, ErrorKind, InputError
 S3_SCHEMES = frozenset({"s3", "s3a"})
 SCHEME = re.compile(r"^([a-zA-Z][a-zA-Z0-9+.-]*)://")
 
-MAX_ATTEMPTS = (
-    8  # botocore's standard mode waits up to 20 s between tries, with jitter: about a minute of SlowDown survives
-)
+MAX_ATTEMPTS = 8  # with botocore's waits of up to 20 s between tries: about half a minute, three times (see below)
 CONNECT_TIMEOUT_S = 10  # a healthy endpoint answers in under 1 s; a dead host must not hold a worker for minutes
 READ_TIMEOUT_S = 20  # between two packets, not for the whole body; a hung socket costs this once per attempt
 BODY_ATTEMPTS = 3  # botocore retries until the headers are there; a body that breaks off is fetched again by s3fs

@@ -264,7 +264,7 @@ def test_claimed_sizes_cost_neither_time_nor_memory(tmp_path, data):
     items = read(Storage(str(tmp_path)))
     assert [i.payload.kind for i in items if i.id.endswith("#rest")] == ["torn_archive", "torn_archive"]
     assert len(items) <= 4
-    assert time.monotonic() - start < 2
+    assert time.monotonic() - start < 2  # 0.03 s alone; skipping 4 EiB took for ever
 
 
 @given(st.data())
