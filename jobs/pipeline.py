@@ -19,8 +19,8 @@ from jobs.stages import ChainedStages, CommitShards, PrepareShards, RecogniseSha
 from jobs.storage import Storage, StorageOptions
 from parakeet_core.errors import ConfigError
 
-# Shares of a CPU that Ray accounts for. The commit actors and the actors of a GPU take none: they must find a place even
-# when feature actors hold every CPU.
+# Shares of a CPU that Ray accounts for. The commit actors and the actors of a GPU take none: they must find a place
+# even when feature actors hold every CPU.
 CHAINED_SHARE = 1.0
 FEATURE_SHARE = 1.0
 CPU_MODEL_SHARE = 0.5  # beside stated feature actors: the operating system divides the cores, backpressure the work

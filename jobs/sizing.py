@@ -11,11 +11,11 @@ from itertools import islice
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from parakeet_core.audio import probe_audio
 
 from jobs.reading_containers import read_container
 from jobs.sources import SourceReader
 from jobs.storage import StorageOptions
+from parakeet_core.audio import probe_audio
 from parakeet_core.errors import InputError
 
 SAMPLE_PER_KIND = 32  # speech files of one collection differ little: 32 give the mean length within about 15 %

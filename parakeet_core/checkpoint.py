@@ -1,7 +1,7 @@
-"""A checkpoint on disk -> config, model, tokenizer and front end. Knows nothing of what its two forms call their tensors.
+"""A checkpoint on disk -> config, model, tokenizer and front end. Knows nothing of foreign tensor names.
 
 `checkpoint_hf.py` reads Hugging Face directories and `checkpoint_nemo.py` NeMo archives; they alone know foreign names,
-and both hand over a `CheckpointSource`. Nothing is ever unpickled, and no archive member is written where its name says.
+and both hand over a `CheckpointSource`. Nothing is ever unpickled, and no archive member is written to disk.
 """
 
 import hashlib

@@ -174,9 +174,10 @@ def _model_config(path: Path, config: dict, shapes: dict[str, tuple[int, ...]]) 
     names = {
         "d_model": "d_model", "n_layers": "n_layers", "n_heads": "n_heads", "d_ff": "d_ff", "conv_kernel": "kernel",
         "n_mels": "feat_in", "subsampling_factor": "subsampling_factor",
-        "subsampling_channels": "subsampling_conv_channels", "attention_bias": "attention_bias", "convolution_bias": "convolution_bias", "scale_input": "xscaling",
-        "dropout": "dropout_pre_encoder", "dropout_positions": "dropout_emb", "activation_dropout": "dropout",
-        "attention_dropout": "dropout_att", "layerdrop": "stochastic_depth_drop_prob",
+        "subsampling_channels": "subsampling_conv_channels", "attention_bias": "attention_bias",
+        "convolution_bias": "convolution_bias", "scale_input": "xscaling", "dropout": "dropout_pre_encoder",
+        "dropout_positions": "dropout_emb", "activation_dropout": "dropout", "attention_dropout": "dropout_att",
+        "layerdrop": "stochastic_depth_drop_prob",
     }  # fmt: skip
     return ModelConfig(
         encoder=typed_dataclass(EncoderConfig, encoder, names, where),

@@ -8,18 +8,21 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from parakeet_core.batching import Batch, plan_batches
 from parakeet_core.checkpoint import Checkpoint
 from parakeet_core.decoding import FrameScores, Tokens, score_frames, unpack_tokens
+from parakeet_core.errors import ErrorKind, InputError
 
 # An item up to MAX_PASS_FRAMES is one pass of the model, equal to the reference. Published checkpoints were trained
 # with positions up to 5000 encoder frames (400 s), and attention's memory grows with the square: 0.9 GB at 300 s with
 # 8 heads in float32. Longer items are cut into windows that also see CONTEXT_FRAMES to both sides and give only their
 # own frames.
 MAX_PASS_FRAMES = 30_000  # feature frames, 300 s
-WINDOW_FRAMES = 6_000  # feature frames, 60 s: what one window gives
-CONTEXT_FRAMES = 1_000  # feature frames, 10 s: what it sees beyond, on each side
+WINDOW_FRAMES = 6_144  # feature frames, 61 s: what one window gives; whole encoder frames at any subsampling factor
+CONTEXT_FRAMES = 1_024  # feature frames, 10 s: what it sees beyond, on each side
+COLLAPSE_FRAMES = 100_000  # encoder frames collapsed together: some MB, and one long item does not pad all others
 CPU_BUDGET_FRAMES = 3_000  # cost of a batch; on a CPU small batches, whose states stay in the cache, beat large ones
 CUDA_BUDGET_FRAMES = 200_000  # about 2000 s of short items: enough rows to fill the matrix units of a large GPU
 
@@ -33,6 +36,16 @@ class _Piece:
     end: int
     kept_start: int  # frames whose tokens are taken; multiples of the subsampling factor, or the item's end
     kept_end: int
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What the model says of a piece: ids and scores of its kept encoder frames, or why it could not be run."""
+
+    piece: _Piece
+    ids: Tensor | None = None
+    scores: Tensor | None = None
+    error: InputError | None = None
 
 
 class Engine:
@@ -52,19 +65,19 @@ class Engine:
         self.budget_frames = default if budget_frames is None else budget_frames
 
     @torch.no_grad()
-    def recognise(self, features: Sequence[Tensor], budget_frames: float | None = None) -> list[Tokens]:
-        """Tokens of each item, in the order given.
+    def recognise(self, features: Sequence[Tensor], budget_frames: float | None = None) -> list[Tokens | InputError]:
+        """Tokens of each item, in the order given; an error of kind OUT_OF_MEMORY for one that the device cannot hold.
 
         Args:
             features: per item [T, M], float, on any device; T may be 0, which gives no tokens.
             budget_frames: greatest cost of a batch, instead of the engine's own.
         """
         pieces = [piece for item, tensor in enumerate(features) for piece in self._pieces(item, tensor.shape[0])]
-        parts: list[list[tuple[int, Tensor, Tensor]]] = [[] for _ in features]
+        parts: list[list[_Part]] = [[] for _ in features]
         lens = [piece.end - piece.start for piece in pieces]
         for batch in plan_batches(lens, self.budget_frames if budget_frames is None else budget_frames):
-            for piece, ids, scores in self._run(features, pieces, batch):
-                parts[piece.item].append((piece.kept_start, ids, scores))
+            for part in self._run(features, pieces, batch):
+                parts[part.piece.item].append(part)
         return self._collapse(parts)
 
     def _pieces(self, item: int, frames: int) -> Iterator[_Piece]:
@@ -76,20 +89,19 @@ class Engine:
             end = min(start + WINDOW_FRAMES, frames)
             yield _Piece(item, max(start - CONTEXT_FRAMES, 0), min(end + CONTEXT_FRAMES, frames), start, end)
 
-    def _run(
-        self, features: Sequence[Tensor], pieces: list[_Piece], batch: Batch
-    ) -> Iterator[tuple[_Piece, Tensor, Tensor]]:
-        """Ids and scores [kept encoder frames] of each piece of a batch, on the host.
+    def _run(self, features: Sequence[Tensor], pieces: list[_Piece], batch: Batch) -> Iterator[_Part]:
+        """Ids and scores of each piece of a batch, on the host.
 
-        A batch that does not fit the device's memory is halved until it does; one item that does not is an error.
+        A batch that does not fit the device's memory is halved until it does; a piece that does not is an error.
         """
         members = [pieces[index] for index in batch.indices]
         try:
             frames = self._score(features, members, batch.frames)
         except torch.OutOfMemoryError:
-            if len(members) == 1:
-                raise
             torch.cuda.empty_cache()
+            if len(members) == 1:
+                yield _Part(members[0], error=self._too_large(batch.frames))
+                return
             middle = len(members) // 2
             for half in (batch.indices[:middle], batch.indices[middle:]):
                 yield from self._run(features, pieces, Batch(half, batch.frames))
@@ -98,7 +110,15 @@ class Engine:
         for row, piece in enumerate(members):
             first = self.config.encoder.subsample(piece.kept_start - piece.start)
             last = self.config.encoder.subsample(piece.kept_end - piece.start)
-            yield piece, ids[row, first:last], scores[row, first:last]
+            yield _Part(piece, ids[row, first:last], scores[row, first:last])
+
+    def _too_large(self, frames: int) -> InputError:
+        seconds = frames * self.config.frontend.frame_s
+        return InputError(
+            ErrorKind.OUT_OF_MEMORY,
+            f"{seconds:.0f} s of audio do not fit the memory of {self.device} alone; use a device with more memory, or "
+            "give the item as shorter segments",
+        )
 
     def _score(self, features: Sequence[Tensor], members: list[_Piece], frames: int) -> FrameScores:
         padded = torch.zeros(len(members), frames, self.config.encoder.n_mels, dtype=self.dtype)
@@ -108,17 +128,25 @@ class Engine:
         logits, out_lens = self.model(padded.to(self.device), lens.to(self.device), bool((lens < frames).any()))
         return score_frames(logits, out_lens, self.config.blank_id)
 
-    def _collapse(self, parts: list[list[tuple[int, Tensor, Tensor]]]) -> list[Tokens]:
-        """Join each item's pieces frame by frame, then collapse all items together."""
-        joined_ids, joined_scores = [], []
-        for item_parts in parts:
-            item_parts.sort(key=lambda part: part[0])
-            joined_ids.append(torch.cat([torch.empty(0, dtype=torch.int64), *(ids for _, ids, _ in item_parts)]))
-            joined_scores.append(torch.cat([torch.empty(0), *(scores for _, _, scores in item_parts)]))
-        lens = torch.tensor([len(ids) for ids in joined_ids], dtype=torch.int64)
-        if not parts:
-            return []
+    def _collapse(self, parts: list[list[_Part]]) -> list[Tokens | InputError]:
+        """Join each item's pieces frame by frame, then collapse items of similar length together."""
+        results: list[Tokens | InputError | None] = [None] * len(parts)
+        joined: list[tuple[Tensor, Tensor]] = []
+        for item, item_parts in enumerate(parts):
+            errors = [part.error for part in item_parts if part.error is not None]
+            results[item] = errors[0] if errors else None
+            item_parts.sort(key=lambda part: part.piece.kept_start)
+            joined.append(
+                (
+                    torch.cat([torch.empty(0, dtype=torch.int64), *(part.ids for part in item_parts if not errors)]),
+                    torch.cat([torch.empty(0), *(part.scores for part in item_parts if not errors)]),
+                )
+            )
         blank = self.config.blank_id
-        ids = torch.nn.utils.rnn.pad_sequence(joined_ids, batch_first=True, padding_value=blank)
-        scores = torch.nn.utils.rnn.pad_sequence(joined_scores, batch_first=True)
-        return unpack_tokens(FrameScores(ids, scores, lens), blank)
+        for batch in plan_batches([len(ids) for ids, _ in joined], COLLAPSE_FRAMES):
+            ids = pad_sequence([joined[item][0] for item in batch.indices], batch_first=True, padding_value=blank)
+            scores = pad_sequence([joined[item][1] for item in batch.indices], batch_first=True)
+            lens = torch.tensor([len(joined[item][0]) for item in batch.indices], dtype=torch.int64)
+            for item, tokens in zip(batch.indices, unpack_tokens(FrameScores(ids, scores, lens), blank), strict=True):
+                results[item] = results[item] or tokens
+        return results

@@ -113,12 +113,13 @@ class Transcriber:
     ) -> Iterator[Transcript]:
         features = [tensor for tensor, _ in decoded if isinstance(tensor, Tensor)]
         budget = None if batch_audio_s is None else batch_audio_s / self.checkpoint.config.frontend.frame_s
-        tokens = iter(self.engine.recognise(features, budget))
+        results = iter(self.engine.recognise(features, budget))
         for prepared, duration_s in decoded:
-            if isinstance(prepared, InputError):
-                yield Transcript(error=prepared)
+            result = prepared if isinstance(prepared, InputError) else next(results)
+            if isinstance(result, InputError):
+                yield Transcript(error=result, duration_s=duration_s or None)
             else:
-                yield build_transcript(self.checkpoint, next(tokens), duration_s)
+                yield build_transcript(self.checkpoint, result, duration_s)
 
 
 def build_transcript(checkpoint: Checkpoint, tokens: Tokens, duration_s: float) -> Transcript:
