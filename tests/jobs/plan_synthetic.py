@@ -1,6 +1,8 @@
 """Plan a synthetic listing and print items, shards, seconds and the peak of resident memory as JSON.
 
-    python tests/jobs/plan_synthetic.py ITEMS [OUTPUT]
+    python tests/jobs/plan_synthetic.py ITEMS OUTPUT [--grow]
+
+With --grow the listing is then planned again with one item in a hundred more, as a later run would.
 
 Run as its own process, so that the peak is that of planning alone. Also the way to show 10 million items in 2 GiB.
 """
@@ -40,7 +42,7 @@ def peak_mib() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 
 
-def main(items: int, output: str) -> None:
+def main(items: int, output: str, growing: bool) -> None:
     base_mib, begin = peak_mib(), time.monotonic()
     # The folder is empty: the headers of the sample are not there, so the nominal rate is used.
     scan = scan_input(InputOptions(tempfile.mkdtemp(), format="files"), synthetic_listing(items))
@@ -49,29 +51,31 @@ def main(items: int, output: str) -> None:
     with plan_shards(scan.batches()) as plan:
         planned = time.monotonic()
         generation = write_plan(storage, plan)
-    stored, first_mib = time.monotonic(), peak_mib()
     scan.close()
-    del plan  # a grown input is planned by a later run
-    grown = scan_input(InputOptions(tempfile.mkdtemp(), format="files"), synthetic_listing(items + items // 100))
-    with plan_shards(grown.batches(), planned=planned_digests(storage), generation=1) as more:
-        new_items = more.items
-    grown.close()
+    stored = time.monotonic()
     facts = {
         "items": generation.items,
         "shards": generation.shards,
         "files": len(generation.files),
         "generations": len(list_generations(storage)),
-        "new_items": new_items,
         "list_s": round(listed - begin, 1),
         "plan_s": round(planned - listed, 1),
         "store_s": round(stored - planned, 1),
-        "grow_s": round(time.monotonic() - stored, 1),
         "base_mib": base_mib,
-        "first_mib": first_mib,
         "peak_mib": peak_mib(),
     }
-    print(json.dumps(facts))
+    del plan
+    print(json.dumps(facts | (grow(storage, items) if growing else {})))
+
+
+def grow(storage: Storage, items: int) -> dict:
+    """Plan the same listing again with 1 % more items."""
+    begin = time.monotonic()
+    options = InputOptions(tempfile.mkdtemp(), format="files")
+    with scan_input(options, synthetic_listing(items + items // 100)) as scan:
+        with plan_shards(scan.batches(), planned=planned_digests(storage), generation=1) as plan:
+            return {"new_items": plan.items, "grow_s": round(time.monotonic() - begin, 1), "grow_peak_mib": peak_mib()}
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2] if len(sys.argv) > 2 else tempfile.mkdtemp())
+    main(int(sys.argv[1]), sys.argv[2], "--grow" in sys.argv)
