@@ -83,6 +83,8 @@ def load_checkpoint(
         model = ParakeetCTC(source.config)
     _check_tensors(path, model, source.shapes)
     for name, tensor in source.tensors():
+        if not tensor.is_floating_point():
+            raise CheckpointError(f"{path}: {name} holds {tensor.dtype}; quantised weights are not implemented")
         _set_tensor(model, name, tensor.to(device=device, dtype=dtype))
     for name, buffer in list(model.named_buffers()):
         if buffer.is_meta:  # BatchNorm's counter of training steps

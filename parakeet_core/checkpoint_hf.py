@@ -106,12 +106,15 @@ def _model_config(path: Path, config: dict, shapes: dict[str, tuple[int, ...]]) 
             f"{path}: config.json says {encoder.get('num_hidden_layers', EncoderConfig.n_layers)} layers, "
             f"the weights hold {found_layers}: they do not belong together"
         )
-    encoder_config = typed_dataclass(EncoderConfig, encoder, ENCODER_KEYS, f"{path}/config.json")
     depthwise = shapes.get("encoder.layers.0.conv.depthwise_conv.weight", ())
     if len(depthwise) == 3:  # published configs have been seen to leave the kernel out
-        encoder_config = dataclasses.replace(encoder_config, conv_kernel=depthwise[-1])
-    top = typed_dataclass(ModelConfig, config, MODEL_KEYS, f"{path}/config.json")
-    return dataclasses.replace(top, encoder=encoder_config, frontend=_frontend_config(path))
+        encoder = encoder | {"conv_kernel_size": depthwise[-1]}
+    where = f"{path}/config.json"
+    built = {
+        "encoder": typed_dataclass(EncoderConfig, encoder, ENCODER_KEYS, where),
+        "frontend": _frontend_config(path),
+    }
+    return typed_dataclass(ModelConfig, config, MODEL_KEYS, where, **built)
 
 
 def _frontend_config(path: Path) -> FrontendConfig:
@@ -121,20 +124,22 @@ def _frontend_config(path: Path) -> FrontendConfig:
             content = _read_json(path / name)
             content = content.get("feature_extractor", content)
             if isinstance(content, dict) and "feature_size" in content:
-                return typed_dataclass(FrontendConfig, content, FRONTEND_KEYS, f"{path}/{name}")
+                filtered = {"preemphasis": 0.0} if content.get("preemphasis", 0.0) is None else {}  # null: no filter
+                return typed_dataclass(FrontendConfig, content | filtered, FRONTEND_KEYS, f"{path}/{name}")
     raise CheckpointError(
         f"{path}: no front end; expected processor_config.json or preprocessor_config.json with a feature_size"
     )
 
 
-def typed_dataclass(cls: type, found: dict, names: dict[str, str], where: str):
+def typed_dataclass(cls: type, found: dict, names: dict[str, str], where: str, **built: object):
     """Build a config dataclass from foreign keys; absent ones take its defaults, ill-typed ones are named together.
 
     Args:
         names: our field -> their key.
         where: the file, for the message.
+        built: fields that are themselves such dataclasses.
     """
-    values, wrong = {}, []
+    values, wrong = dict(built), []
     for field in dataclasses.fields(cls):
         key = names.get(field.name)
         if key is None or found.get(key) is None:
@@ -147,7 +152,10 @@ def typed_dataclass(cls: type, found: dict, names: dict[str, str], where: str):
         values[field.name] = value
     if wrong:
         raise CheckpointError(f"{where}: {'; '.join(wrong)}")
-    return cls(**values)
+    try:
+        return cls(**values)
+    except CheckpointError as error:  # the dataclass knows what is wrong, not in which file
+        raise CheckpointError(f"{where}: {error}") from error
 
 
 def _tokenizer(path: Path) -> Tokenizer:
