@@ -156,14 +156,14 @@ def _identity(model: ModelReference, dtype: str) -> JobIdentity:
 def _plan(config: TranscribeConfig, output: Storage) -> pa.Table:
     """The planned shards: those of earlier runs, and a new generation for what has come into the input since."""
     generations = list_generations(output)
-    source = {"input": scrub(config.input)}
-    if generations and generations[0].options != source:
-        raise ConfigError(
-            f"{output.url} was planned from {generations[0].options.get('input')}, this run reads {source['input']}; "
-            "use another --output, one per input"
-        )
     scan = scan_input(config.reading())
     print(f"input   {scan.format}: {scan.reason}" + (f"; {scan.left_out}" if scan.left_out else ""), file=sys.stderr)
+    source = {"input": scrub(config.input), "format": scan.format}
+    if generations and generations[0].options != source:
+        raise ConfigError(
+            f"{output.url} was planned from {generations[0].options}, this run reads {source}; "
+            "the same audio would come under other ids: use another --output, one per input"
+        )
     known = planned_digests(output) if generations else None
     with plan_shards(scan.batches(), config.planning(), known, len(generations)) as plan:
         if plan.shards:

@@ -318,3 +318,9 @@ def test_texts_are_those_of_the_reference_on_real_speech(tmp_path):
         inputs = processor(decode_audio(row["source"]), sampling_rate=16_000, return_tensors="pt")
         wanted = processor.batch_decode(reference.generate(**inputs), skip_special_tokens=True)[0]
         assert row["text"] == wanted, row["id"]
+
+
+def test_another_input_or_format_into_the_same_output_is_refused(layouts, tmp_path):
+    run(job_config(layouts["files"], tmp_path / "out"))
+    with pytest.raises(ConfigError, match="one per input"):
+        run(job_config(layouts["parquet"], tmp_path / "out"))
