@@ -148,7 +148,7 @@ def typed_dataclass(cls: type, found: dict, names: dict[str, str], where: str, *
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
         if type(value) is not kind or (kind is int and not 0 <= value < 1 << 24):
-            wrong.append(f"{key} is {value!r} (expected {kind.__name__})")
+            wrong.append(f"{key} is {value!r} (expected {kind.__name__}{' of 0 or more' if kind is int else ''})")
         values[field.name] = value
     if wrong:
         raise CheckpointError(f"{where}: {'; '.join(wrong)}")

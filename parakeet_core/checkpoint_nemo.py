@@ -3,10 +3,12 @@
 Source of the names: NeMo `collections/asr` (ConformerEncoder, ConvASRDecoder, AudioToMelSpectrogramPreprocessor).
 """
 
+import lzma
 import math
 import pickle
 import re
 import tarfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -22,6 +24,7 @@ from parakeet_core.errors import CheckpointError
 from parakeet_core.tokenizer import SentencePieceTokenizer, check_pieces
 
 CONFIG, WEIGHTS = "model_config.yaml", "model_weights.ckpt"
+UNREADABLE = (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError)  # what damaged archives raise
 SMALL_MEMBER_BYTES = 64 << 20  # config and tokenizer; public ones are under 2 MB
 
 RENAMES = (  # theirs -> ours, applied in order
@@ -46,20 +49,25 @@ def read_nemo_archive(path: Path) -> CheckpointSource:
     """
     try:
         with tarfile.open(path, "r:*") as archive:
-            members = {Path(member.name).name: member for member in archive.getmembers() if member.isfile()}
+            members = _members(archive)
             config = _config(path, _small(path, archive, members, CONFIG))
             _refuse(path, config)
-            tokenizer_name = str(_at(config, "tokenizer.model_path")).removeprefix("nemo:")
+            tokenizer_name = config["tokenizer"]["model_path"].removeprefix("nemo:")
             tokenizer = SentencePieceTokenizer(
                 _small(path, archive, members, tokenizer_name), f"{path}: {tokenizer_name}"
             )
             tensors = _weights(path, archive, members, hybrid="aux_ctc" in config)
-    except (tarfile.TarError, OSError, EOFError) as error:
+    except UNREADABLE as error:
         raise CheckpointError(f"{path}: not a readable .nemo archive ({error}); fetch it again") from error
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     model_config = _model_config(path, config, shapes)
     check_pieces(tokenizer, model_config.vocab_size, str(path))
     return CheckpointSource(model_config, tokenizer, shapes, lambda: _drain(tensors), lambda: _digest(path))
+
+
+def _members(archive: tarfile.TarFile) -> dict[str, tarfile.TarInfo]:
+    """Regular files by the last part of their name; links are left out, so that none leads outside."""
+    return {Path(member.name).name: member for member in archive.getmembers() if member.isfile()}
 
 
 def _member(path: Path, archive: tarfile.TarFile, members: dict[str, tarfile.TarInfo], name: str) -> BinaryIO:
@@ -124,12 +132,14 @@ def _refuse(path: Path, config: dict) -> None:
         if value not in values:
             refused.append(f"{option} {value!r} (expected {values[0]!r})")
     context = _at(config, "encoder.att_context_size", [-1, -1])
-    flat = [size for sizes in context for size in (sizes if isinstance(sizes, list) else [sizes])]
-    if any(size != -1 for size in flat):
+    sizes = context if isinstance(context, list) else [context]
+    if any(size not in (-1, [-1, -1]) for size in sizes):
         refused.append(f"encoder.att_context_size {context!r} (expected [-1, -1], unlimited)")
     for section in ("encoder", "preprocessor", "tokenizer"):
         if not isinstance(config.get(section), dict):
             refused.append(f"no {section} section (expected a CTC model over SentencePiece pieces)")
+    if not isinstance(_at(config, "tokenizer.model_path"), str):
+        refused.append("no tokenizer.model_path (expected the name of a SentencePiece model)")
     if refused:
         raise CheckpointError(f"{path}: {CONFIG}: not implemented: {'; '.join(refused)}")
 
@@ -179,12 +189,12 @@ def _model_config(path: Path, config: dict, shapes: dict[str, tuple[int, ...]]) 
         "dropout_positions": "dropout_emb", "activation_dropout": "dropout", "attention_dropout": "dropout_att",
         "layerdrop": "stochastic_depth_drop_prob",
     }  # fmt: skip
-    return ModelConfig(
-        encoder=typed_dataclass(EncoderConfig, encoder, names, where),
-        frontend=_frontend_config(config["preprocessor"], where),
-        vocab_size=head[0],
-        blank_id=head[0] - 1,  # NeMo appends the blank to the pieces
-    )
+    built = {
+        "encoder": typed_dataclass(EncoderConfig, encoder, names, where),
+        "frontend": _frontend_config(config["preprocessor"], where),
+    }
+    found = {"vocab_size": head[0], "blank_id": head[0] - 1}  # NeMo appends the blank to the pieces
+    return typed_dataclass(ModelConfig, found, {name: name for name in found}, where, **built)
 
 
 def _frontend_config(preprocessor: dict, where: str) -> FrontendConfig:
@@ -203,6 +213,8 @@ def _frontend_config(preprocessor: dict, where: str) -> FrontendConfig:
         raise CheckpointError(
             f"{where}: not implemented: preprocessor.highfreq {found['highfreq']!r} (expected {rate / 2})"
         )
+    if "preemph" in found and found["preemph"] is None:  # no filter
+        found["preemph"] = 0.0
     names = {
         "sample_rate_hz": "sample_rate", "n_mels": "features", "n_fft": "n_fft", "win_length": "win_length",
         "hop_length": "hop_length", "preemphasis": "preemph",
@@ -217,7 +229,5 @@ def _drain(tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
 
 
 def _digest(path: Path) -> str:
-    with tarfile.open(path, "r:*") as archive:
-        members = {Path(member.name).name: member for member in archive.getmembers()}
-        with archive.extractfile(members[WEIGHTS]) as stream:
-            return sha256_of(stream)
+    with tarfile.open(path, "r:*") as archive, _member(path, archive, _members(archive), WEIGHTS) as stream:
+        return sha256_of(stream)
