@@ -174,7 +174,7 @@ def test_weights_that_are_not_floats_are_refused(directory, dtype):
         ({"encoder_config.num_hidden_layers": 3}, ["3 layers", "hold 2"]),
         (
             {"encoder_config.hidden_size": "32", "encoder_config.intermediate_size": 64.5},
-            ["hidden_size is '32' (expected int)", "intermediate_size is 64.5"],
+            ["hidden_size is '32' (expected int of 0 or more)", "intermediate_size is 64.5"],
         ),
         ({"encoder_config.num_attention_heads": 0, "encoder_config.num_key_value_heads": 0}, ["n_heads is 0"]),
         ({"encoder_config.num_attention_heads": 5, "encoder_config.num_key_value_heads": 5}, ["5 heads"]),
