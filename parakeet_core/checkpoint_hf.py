@@ -18,7 +18,7 @@ from parakeet_core.errors import CheckpointError
 from parakeet_core.tokenizer import Tokenizer, check_pieces, load_tokenizer
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-MAPPED_BYTES = 256 << 20  # weights read through one mapping; its pages count as ours until it is closed
+MAPPED_BYTES = 64 << 20  # weights read through one mapping; its pages count as ours until it is closed
 IGNORED_SUFFIX = "num_batches_tracked"  # a training counter
 
 MODEL_KEYS = {  # ours -> theirs
