@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from parakeet_core.config import ModelConfig
 from parakeet_core.ctc import ParakeetCTC
-from parakeet_core.errors import CheckpointError
+from parakeet_core.errors import CheckpointError, ConfigError
 from parakeet_core.features import LogMelFrontend
 from parakeet_core.tokenizer import Tokenizer
 
@@ -76,8 +76,9 @@ def load_checkpoint(
     Raises:
         CheckpointError: it cannot be read, or it describes a model that is not implemented. Missing, unexpected and
             misshapen tensors are named in one message.
+        ConfigError: this machine does not have the device.
     """
-    path, dtype = Path(path), resolve_dtype(dtype)
+    path, dtype, device = Path(path), resolve_dtype(dtype), resolve_device(device)
     source = read_source(path)
     with torch.device("meta"):
         model = ParakeetCTC(source.config)
@@ -112,6 +113,17 @@ def resolve_dtype(dtype: torch.dtype | str) -> torch.dtype:
     if dtype in DTYPES.values():
         return dtype
     raise CheckpointError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
+
+
+def resolve_device(device: torch.device | str) -> torch.device:
+    """A device that can be used here. Raises ConfigError for any other."""
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:  # torch built without CUDA fails by an assertion
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"device {str(device)!r} cannot be used ({reason}); expected cpu, or cuda on a GPU"
+        ) from error
 
 
 def layer_count(names: Iterable[str]) -> int:

@@ -103,7 +103,7 @@ class Transcriber:
     def _waveform(self, item: AudioItem) -> tuple[np.ndarray, float]:
         rate_hz = self.checkpoint.config.frontend.sample_rate_hz
         if isinstance(item, np.ndarray | Tensor):
-            waveform = as_waveform(np.asarray(item))
+            waveform = as_waveform(item)
             return waveform, len(waveform) / rate_hz
         audio = load_audio(item, rate_hz)
         return audio.waveform, audio.duration_s
@@ -135,20 +135,27 @@ def build_transcript(checkpoint: Checkpoint, tokens: Tokens, duration_s: float) 
     )
 
 
-def as_waveform(samples: np.ndarray) -> np.ndarray:
-    """Mono float32 in [-1, 1] from an array of samples: [S] -> [S].
+def as_waveform(samples: np.ndarray | Tensor) -> np.ndarray:
+    """Mono float32 in [-1, 1] from an array of samples on any device: [S] -> [S].
 
     Raises:
-        InputError: more than one dimension, or samples that are not finite.
+        InputError: more than one dimension, a type that says no full scale, or samples that are not finite.
     """
+    if isinstance(samples, Tensor):
+        samples = samples.detach().cpu()
+        samples = (samples.float() if samples.is_floating_point() else samples).numpy()  # numpy has no bfloat16
     if samples.ndim != 1:
         raise InputError(
             ErrorKind.BAD_RECORD,
             f"array of shape {samples.shape}: expected one dimension of mono samples; mix the channels first",
         )
-    if np.issubdtype(samples.dtype, np.signedinteger):
+    if samples.dtype.kind not in "if":
+        raise InputError(
+            ErrorKind.BAD_RECORD, f"array of {samples.dtype}: expected float samples in [-1, 1] or signed integers"
+        )
+    if samples.dtype.kind == "i":
         return samples.astype(np.float32) / -float(np.iinfo(samples.dtype).min)
-    waveform = samples.astype(np.float32, copy=False)
+    waveform = np.ascontiguousarray(samples, dtype=np.float32)  # a view can run backwards, which torch refuses
     if not np.isfinite(waveform).all():
         raise InputError(ErrorKind.NON_FINITE, "array holds NaN or infinity; expected finite samples in [-1, 1]")
     return waveform
