@@ -21,10 +21,14 @@ def status_bytes(key):
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
 
-load_checkpoint(sys.argv[3])  # whatever is imported or allocated once
+def load_and_read(path):
+    checkpoint = load_checkpoint(path, dtype=sys.argv[2])
+    assert all(bool(tensor.isfinite().all()) for tensor in checkpoint.model.parameters())  # every page is read
+    return checkpoint
+
+load_and_read(sys.argv[3])  # whatever is imported, mapped or allocated once
 before = status_bytes("VmRSS")
-checkpoint = load_checkpoint(sys.argv[1], dtype=sys.argv[2])
-assert all(bool(tensor.isfinite().all()) for tensor in checkpoint.model.parameters())  # every page is read
+checkpoint = load_and_read(sys.argv[1])
 print(status_bytes("VmHWM") - before)
 """
 
