@@ -110,6 +110,8 @@ class TranscribeConfig(InputConfig):
     """Of the model; auto: as the output was begun, else bfloat16 on cuda and float32 on the CPU."""
     dry_run: bool = False
     """Only list the input, read headers and say what the job would be. Writes nothing."""
+    retry_errors: bool = False
+    """Compute again the shards that hold errors which may pass: missing or forbidden objects, failing storage."""
     max_error_rate: float = 0.01
     """Share of items that may end as error rows before the job exits with 3."""
     feature_actors: PoolOption | None = None

@@ -2,7 +2,6 @@
 
 from typing import Literal
 
-import numpy as np
 import pyarrow as pa
 import ray
 import ray.data
@@ -11,6 +10,7 @@ import torch
 from jobs.models import ModelReference, resolve_model
 from jobs.schema import WORD_TYPE, round_words
 from jobs.storage import StorageOptions
+from parakeet_core.errors import ErrorKind, InputError
 from parakeet_core.transcriber import Transcriber, Transcript
 
 BATCH_ROWS = 64  # enough clips to form batches of like length, few enough that a lost actor costs little
@@ -63,6 +63,11 @@ def transcribe_dataset(
     )
 
 
+NO_BYTES = Transcript(
+    error=InputError(ErrorKind.BAD_RECORD, "the row holds no encoded audio; expected bytes or a struct with bytes")
+)
+
+
 class _TranscribeColumn:
     def __init__(self, model: ModelReference, audio_column: str, device: str, dtype: str):
         torch.set_num_threads(1)
@@ -70,8 +75,9 @@ class _TranscribeColumn:
         self.audio_column = audio_column
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        audio = [_audio_of(value) for value in table[self.audio_column].to_pylist()]
-        rows = [_columns(transcript) for transcript in self.transcriber.transcribe(audio)]
+        audio = [_encoded(value) for value in table[self.audio_column].to_pylist()]
+        found = iter(self.transcriber.transcribe([content for content in audio if content is not None]))
+        rows = [_columns(NO_BYTES if content is None else next(found)) for content in audio]
         for name, kind in COLUMNS.items():
             values = pa.array([row[name] for row in rows], kind)
             position = table.schema.get_field_index(name)
@@ -79,10 +85,11 @@ class _TranscribeColumn:
         return table
 
 
-def _audio_of(value: bytes | dict | np.ndarray | None) -> bytes | np.ndarray | str:
+def _encoded(value: object) -> bytes | None:
+    """The bytes of a cell. A path in it is not opened: a dataset of others must not choose files of the worker."""
     if isinstance(value, dict):
-        value = value.get("bytes") or value.get("path")
-    return b"" if value is None else value
+        value = value.get("bytes")
+    return value if isinstance(value, bytes) else None
 
 
 def _columns(transcript: Transcript) -> dict:

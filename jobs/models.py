@@ -71,6 +71,10 @@ def local_model(name: str, storage: StorageOptions) -> Path:
             return _fetched(Storage(name, storage))
         except InputError as error:
             raise CheckpointError(f"model {name}: {error.message}") from error
+        except OSError as error:
+            raise CheckpointError(
+                f"model {name}: the cache {cache_folder()} cannot be written ({error.strerror}); set {CACHE_VARIABLE}"
+            ) from error
     path = Path(name.removeprefix("file://")).expanduser()
     if path.exists():
         return path.resolve()

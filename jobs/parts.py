@@ -127,11 +127,10 @@ def read_part_facts(output: Storage, shards: set[str], fingerprint: str) -> dict
 
     def read(shard: str) -> tuple[str, PartFacts]:
         name = part_name(shard, fingerprint)
-        with output.open(name) as file:
-            metadata = pq.read_schema(file).metadata or {}
         try:
-            return shard, facts_of_metadata(metadata)
-        except (KeyError, ValueError, TypeError) as error:
+            with output.open(name) as file:
+                return shard, facts_of_metadata(pq.read_schema(file).metadata or {})
+        except (KeyError, ValueError, TypeError, pa.ArrowException) as error:
             raise ConfigError(f"{output.source(name)}: not a part of this program ({error})") from error
 
     with ThreadPoolExecutor(FOOTER_THREADS) as pool:

@@ -17,6 +17,7 @@ from jobs.config import PoolSize, TranscribeConfig
 from jobs.models import ModelReference
 from jobs.stages import ChainedStages, CommitShards, PrepareShards, RecogniseShards
 from jobs.storage import Storage, StorageOptions
+from parakeet_core.audio import DEFAULT_MAX_DURATION_S
 from parakeet_core.errors import ConfigError
 
 # Shares of a CPU that Ray accounts for. The commit actors and the actors of a GPU take none: they must find a place
@@ -28,6 +29,8 @@ MODELS_PER_COMMIT_ACTOR = 8  # text and Parquet of one shard take about 1 % of t
 
 PROCESS_BYTES = 600 << 20  # a worker with torch, pyarrow and soundfile loaded; measured 450 MiB
 READ_AHEAD_BYTES = 256 << 20  # encoded bytes that a feature actor may hold (reading.ReadLimits)
+FEATURE_COPIES = 4  # of a shard's features at a time: rows, table, packed block, and Ray's copy of it; measured 3 + 1
+LOST_WORKER_RETRIES = 5  # of one shard: a spot node takes few shards twice, a file that kills its decoder takes all
 FEATURE_BYTES_PER_S = 80 * 100 * 4  # float32, 80 mel bins: the larger of the two feature types
 BLOCK_BYTES_LIMIT = 1 << 30  # above the largest shard's features, so that Ray does not count a shard as several blocks
 
@@ -89,7 +92,9 @@ def plan_resources(
     feature_pool = config.feature_actors
     if feature_pool is None and device == "cuda":
         feature_pool = (1, _at_most(cpus - 1, shards))
-    feature_bytes = READ_AHEAD_BYTES + int(2 * shard_audio_s * FEATURE_BYTES_PER_S)
+    # A manifest may say anything of a length, but no item is decoded beyond the limit.
+    seconds = min(shard_audio_s, max(config.shard_audio_s or 0, DEFAULT_MAX_DURATION_S))
+    feature_bytes = READ_AHEAD_BYTES + int(FEATURE_COPIES * seconds * FEATURE_BYTES_PER_S)
     model_bytes = PROCESS_BYTES + 2 * weight_bytes
     model_cpus = 0.0 if device == "cuda" else CPU_MODEL_SHARE
     resources = Resources(
@@ -115,7 +120,8 @@ def _check_memory(resources: Resources, cluster: dict[str, float]) -> None:
     if available and asked > available:
         raise ConfigError(
             f"the smallest pools need {asked / 2**30:.1f} GiB of memory, the cluster gives Ray "
-            f"{available / 2**30:.1f} GiB; use a smaller --shard-audio-s or fewer --feature-actors, or a larger node"
+            f"{available / 2**30:.1f} GiB; use fewer --feature-actors or a larger node, or start another --output with "
+            "a smaller --shard-audio-s"
         )
 
 
@@ -172,5 +178,6 @@ def _pool(size: PoolSize, cpus: float, memory: int) -> dict:
         "zero_copy_batch": True,
         "num_cpus": cpus,
         "memory": memory,
+        "max_task_retries": LOST_WORKER_RETRIES,
         "compute": ray.data.ActorPoolStrategy(min_size=size[0], max_size=size[1], max_tasks_in_flight_per_actor=2),
     }

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Sequence
 
+import numpy as np
 import tyro
 
 from jobs.config import InputConfig
@@ -15,10 +16,16 @@ from parakeet_core.errors import ParakeetError
 EXIT_REFUSED = 2
 
 
-def dry_run(config: InputConfig) -> int:
-    """Print what the job would be; returns the exit status. Raises ConfigError."""
-    scan = scan_input(config.reading())
-    with plan_shards(scan.batches(), config.planning()) as plan:
+def dry_run(config: InputConfig, planned: np.ndarray | None = None) -> int:
+    """Print what the job would be; returns the exit status.
+
+    Args:
+        planned: digests of the ids that the output has planned already (`plan_store.planned_digests`).
+
+    Raises:
+        ConfigError: the input cannot be used.
+    """
+    with scan_input(config.reading()) as scan, plan_shards(scan.batches(), config.planning(), planned) as plan:
         report = describe_plan(plan, scan, config.rtfx, config.gpu_hour_price, config.gpus)
     print("\n".join(report.lines()))
     return 0

@@ -57,11 +57,11 @@ class ProgressDisplay:
     Args:
         total_s: seconds of audio of the whole job, as planned.
         done_s: of it, committed by earlier runs.
-        pools: actors per stage group: {"features": n, "model": n}, to tell how busy each is.
     """
 
-    def __init__(self, total_s: float, done_s: float, pools: dict[str, int], stream=None):
-        self.total_s, self.before_s, self.pools = total_s, done_s, pools
+    def __init__(self, total_s: float, done_s: float, stream=None):
+        self.total_s, self.before_s = total_s, done_s
+        self._workers: dict[str, set[str]] = {"feature": set(), "model": set()}
         self.tally = Tally()
         self.started = time.monotonic()
         self.throughput: list[tuple[float, float]] = [(0.0, 0.0)]  # seconds since start, seconds of audio committed
@@ -84,6 +84,8 @@ class ProgressDisplay:
         """Count one committed shard; prints a line when one is due."""
         self.tally.add(facts)
         self.tally.add_clock(result)
+        for stage, workers in self._workers.items():
+            workers.add(result[f"{stage}_worker"])
         now = time.monotonic()
         self.throughput.append((now - self.started, self.tally.audio_s))
         if self._live is None and now >= self._next_line:
@@ -105,8 +107,12 @@ class ProgressDisplay:
 
     def model_idle_share(self) -> float | None:
         """Share of the time since the start in which the model actors did not run the model."""
-        elapsed_s = self.throughput[-1][0] * self.pools["model"]
-        return round(max(0.0, 1 - self.tally.stage_s["model"] / elapsed_s), 3) if elapsed_s else None
+        return round(max(0.0, 1 - self._busy("model", ("model",))), 3) if self.tally.shards else None
+
+    def _busy(self, stage: str, steps: tuple[str, ...]) -> float:
+        """Share of the time so far that the workers of a stage spent in these steps."""
+        worker_s = self.throughput[-1][0] * len(self._workers[stage])
+        return sum(self.tally.stage_s[step] for step in steps) / worker_s if worker_s else 0.0
 
     def _recent_rtfx(self) -> float:
         now_s, now_audio = time.monotonic() - self.started, self.tally.audio_s
@@ -117,13 +123,11 @@ class ProgressDisplay:
 
     def _bottleneck(self) -> str:
         """The busier of the two pools, and how idle the model is."""
-        stage_s = self.tally.stage_s
-        elapsed_s = self.throughput[-1][0]
-        if not elapsed_s:
+        if not self.tally.shards:
             return "starting"
-        features = (stage_s["storage"] + stage_s["decode"] + stage_s["features"]) / self.pools["features"] / elapsed_s
-        model = stage_s["model"] / self.pools["model"] / elapsed_s
-        slowest = "model" if model >= features else max(("storage", "decode", "features"), key=stage_s.get)
+        steps = ("storage", "decode", "features")
+        model = self._busy("model", ("model",))
+        slowest = "model" if model >= self._busy("feature", steps) else max(steps, key=self.tally.stage_s.get)
         return f"bottleneck {slowest}, model idle {max(0.0, 1 - model):.0%}"
 
     def _render(self) -> Text:

@@ -19,7 +19,8 @@ class Receipt:
     """The account of a job: every item is in one of `ok`, `empty`, `errors`, every hour done or lost.
 
     Attributes:
-        items_in: rows of the table: one per item of the input.
+        items_in: items of the input as planned; where tars hide how many they hold, rows of the table.
+        items_pending: planned items without a row; 0 in a complete job.
         hours_in: hours_done + hours_lost; `hours_lost` as far as the input says how long its unreadable items are.
         rtfx_end_to_end: seconds of audio committed by this run per second of its wall time.
         wer: over rows with a reference; None without references.
@@ -29,6 +30,7 @@ class Receipt:
     """
 
     items_in: int
+    items_pending: int
     ok: int
     empty: int
     errors: int
@@ -69,6 +71,17 @@ class Receipt:
         output.write_atomic(RECEIPT_FILE, json.dumps(asdict(self), indent=1).encode())
 
 
+def receipt_is_complete(output: Storage, shards: int) -> bool:
+    """Whether the output holds the receipt of a complete job over so many shards."""
+    if not output.exists(RECEIPT_FILE):
+        return False
+    try:
+        found = json.loads(output.read_bytes(RECEIPT_FILE))
+        return bool(found["complete"]) and found["shards"] == shards
+    except (ValueError, KeyError, TypeError):
+        return False
+
+
 def summarise(receipt: Receipt, resume_hint: str) -> str:
     """The receipt in words, for the end of a run."""
     r = receipt
@@ -76,7 +89,8 @@ def summarise(receipt: Receipt, resume_hint: str) -> str:
     stages = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in r.stage_seconds.items())
     lines = [
         f"items   {r.items_in:,} in = {r.ok:,} ok + {r.empty:,} empty + {r.errors:,} errors"
-        + (f" ({kinds})" if kinds else ""),
+        + (f" ({kinds})" if kinds else "")
+        + (f" + {r.items_pending:,} not yet" if r.items_pending else ""),
         f"hours   {r.hours_in:,.3f} in = {r.hours_done:,.3f} done + {r.hours_lost:,.3f} lost",
         f"speed   RTFx {r.rtfx_end_to_end:,.0f} end to end; {hours(r.hours_this_run * 3600)} in {clock(r.wall_s)}",
         f"stages  {stages} (summed over actors)"

@@ -7,6 +7,8 @@ cannot be split, whatever the block size limits are, so a stage always holds a w
 """
 
 import json
+import os
+import platform
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -61,13 +63,15 @@ STAGES = ("storage", "decode", "features", "model", "write")
 
 @dataclass
 class StageClock:
-    """Seconds that one shard spent in each step. The fields are columns of every block between stages."""
+    """Seconds that one shard spent in each step, and where. The fields are columns of every block between stages."""
 
     storage_s: float = 0.0
     decode_s: float = 0.0
     features_s: float = 0.0
     model_s: float = 0.0
     write_s: float = 0.0
+    feature_worker: str = ""  # which processes did it, to count how many work
+    model_worker: str = ""
 
     def timed(self, step: str, call: Callable, *arguments):
         """Call, and add its wall time to `step`."""
@@ -76,6 +80,11 @@ class StageClock:
             return call(*arguments)
         finally:
             setattr(self, f"{step}_s", getattr(self, f"{step}_s") + time.perf_counter() - start)
+
+
+def worker_name() -> str:
+    """This process among those of the cluster."""
+    return f"{platform.node()}:{os.getpid()}"
 
 
 def pack_shard(shard: str, table: pa.Table, clock: StageClock) -> pa.Table:
@@ -136,7 +145,7 @@ class PrepareShards:
 
     def __call__(self, block: pa.Table) -> pa.Table:
         task = block.slice(0, 1).to_pylist()[0]
-        clock = StageClock()
+        clock = StageClock(feature_worker=worker_name())
         rows = clock.timed("storage", read_shard, self.output, task["plan_file"], task["row_group"])
         prepared = [self._prepare(item, clock) for item in self._items(rows, clock)]
         if task["items"] and len(prepared) != task["items"]:
@@ -211,6 +220,7 @@ class RecogniseShards:
 
     def __call__(self, block: pa.Table) -> pa.Table:
         shard, items, clock = unpack_shard(block)
+        clock.model_worker = worker_name()
         wanted = [index for index, frames in enumerate(items["frames"].to_pylist()) if frames is not None]
         features = [self._features(items["features"][index], items["frames"][index].as_py()) for index in wanted]
         results = dict(zip(wanted, clock.timed("model", self.engine.recognise, features), strict=True))

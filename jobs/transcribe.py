@@ -19,7 +19,8 @@ import tyro
 
 import parakeet_core
 from jobs.config import TranscribeConfig
-from jobs.inputs import scan_input
+from jobs.inputs import InputScan, scan_input
+from jobs.listing import resolve_input
 from jobs.models import ModelReference, resolve_model
 from jobs.parts import (
     TABLE_FOLDER,
@@ -36,12 +37,12 @@ from jobs.plan_store import list_generations, planned_digests, read_plan, write_
 from jobs.planning import plan_shards
 from jobs.progress import ProgressDisplay, Tally, hours
 from jobs.ray_session import ray_session
-from jobs.report import EventLog, Receipt, merge_tallies, summarise
+from jobs.report import EventLog, Receipt, merge_tallies, receipt_is_complete, summarise
 from jobs.report_html import write_report
 from jobs.schema import PartFacts
 from jobs.storage import Storage, scrub
 from parakeet_core.checkpoint import DTYPES
-from parakeet_core.errors import ConfigError, InputError, ParakeetError
+from parakeet_core.errors import RETRYABLE_KINDS, ConfigError, InputError, ParakeetError
 
 EXIT_STOPPED, EXIT_REFUSED = 1, 2
 RESUME_HINT = "run the same command again to resume; committed parts are kept and not computed again"
@@ -56,6 +57,7 @@ class Run:
     """One run of the job over one output.
 
     Attributes:
+        planned_items: of the whole input; None where tars hide how many there are.
         before: sums over the parts that earlier runs committed.
         now: sums over the parts of this run.
     """
@@ -65,6 +67,7 @@ class Run:
     model: ModelReference
     shards: pa.Table  # plan_store.SHARD_SCHEMA, all that are planned
     identity: JobIdentity | None = None
+    planned_items: int | None = None
     device: str = "none"
     before: Tally = field(default_factory=Tally)
     now: Tally = field(default_factory=Tally)
@@ -81,7 +84,8 @@ class Run:
         total = merge_tallies(self.before, self.now)
         wall_s = time.monotonic() - self.clock_start
         return Receipt(
-            items_in=total.rows,
+            items_in=self.planned_items or total.rows,
+            items_pending=max((self.planned_items or 0) - total.rows, 0),
             ok=total.ok,
             empty=total.empty,
             errors=total.errors,
@@ -99,9 +103,9 @@ class Run:
             model_idle_share=self.model_idle_share,
             shards=self.shards.num_rows,
             shards_this_run=self.now.shards,
-            complete=total.shards == self.shards.num_rows,
+            complete=total.shards == self.shards.num_rows and total.rows == (self.planned_items or total.rows),
             max_error_rate=self.config.max_error_rate,
-            model=self.model.name,
+            model=self.identity.model,
             weights_sha256=self.model.digest,
             dtype=self.identity.dtype,
             device=self.device,
@@ -125,11 +129,11 @@ def run(config: TranscribeConfig) -> Receipt:
     """
     state, todo = _prepare(config)
     if todo is not None and not todo.num_rows:
-        print("nothing to do: all planned shards are committed", file=sys.stderr)
-        return _finish(state)
+        return _nothing_to_do(state)
     with ray_session(config.ray_address) as cluster:
-        todo = _claim(state, todo, cluster)
-        return _transcribe(state, todo, cluster)
+        _settle(state, cluster)
+        todo = _missing_shards(state) if todo is None else todo
+        return _transcribe(state, todo, cluster) if todo.num_rows else _nothing_to_do(state)
 
 
 def _prepare(config: TranscribeConfig) -> tuple[Run, pa.Table | None]:
@@ -141,6 +145,9 @@ def _prepare(config: TranscribeConfig) -> tuple[Run, pa.Table | None]:
         if dtype is not None:
             check_output(output, _identity(model, dtype))
         state = Run(config, output, model, _plan(config, output))
+        generations = list_generations(output)
+        if all(generation.exact for generation in generations):
+            state.planned_items = sum(generation.items for generation in generations)
         if dtype is None:
             return state, None
         state.identity = _identity(model, dtype)
@@ -156,45 +163,65 @@ def _identity(model: ModelReference, dtype: str) -> JobIdentity:
 def _plan(config: TranscribeConfig, output: Storage) -> pa.Table:
     """The planned shards: those of earlier runs, and a new generation for what has come into the input since."""
     generations = list_generations(output)
-    scan = scan_input(config.reading())
-    print(f"input   {scan.format}: {scan.reason}" + (f"; {scan.left_out}" if scan.left_out else ""), file=sys.stderr)
-    source = {"input": scrub(config.input), "format": scan.format}
-    if generations and generations[0].options != source:
-        raise ConfigError(
-            f"{output.url} was planned from {generations[0].options}, this run reads {source}; "
-            "the same audio would come under other ids: use another --output, one per input"
+    with scan_input(config.reading()) as scan:
+        print(
+            f"input   {scan.format}: {scan.reason}" + (f"; {scan.left_out}" if scan.left_out else ""), file=sys.stderr
         )
-    known = planned_digests(output) if generations else None
-    with plan_shards(scan.batches(), config.planning(), known, len(generations)) as plan:
-        if plan.shards:
-            write_plan(output, plan, source)
-            print(f"plan    {plan.shards} shards, about {hours(plan.audio_s)}", file=sys.stderr)
-        elif not generations:
-            raise ConfigError(f"{source['input']}: nothing to transcribe")
+        source = {"input": _resolved_input(config), "format": scan.format}
+        if generations and generations[0].options != source:
+            raise ConfigError(
+                f"{output.url} was planned from {generations[0].options}, this run reads {source}; "
+                "the same audio would come under other ids: use another --output, one per input"
+            )
+        _plan_new_items(config, output, scan, source, len(generations))
     return read_plan(output)
 
 
+def _plan_new_items(config: TranscribeConfig, output: Storage, scan: InputScan, source: dict, generation: int) -> None:
+    """Plan the items that no earlier generation holds, as one more generation."""
+    known = planned_digests(output) if generation else None
+    with plan_shards(scan.batches(), config.planning(), known, generation) as plan:
+        if plan.shards:
+            written = write_plan(output, plan, source)
+            if (written.fingerprint, written.options) != (plan.fingerprint, source):
+                raise ConfigError(f"{output.url}: another run planned this output at the same moment; run again")
+            print(f"plan    {plan.shards} shards, about {hours(plan.audio_s)}", file=sys.stderr)
+        elif not generation:
+            raise ConfigError(f"{source['input']}: nothing to transcribe")
+
+
+def _resolved_input(config: TranscribeConfig) -> str:
+    """The input in one spelling, whatever the working directory and the slashes."""
+    storage, pattern, name = resolve_input(config.input, config.storage())
+    return scrub("/".join(part for part in (storage.source(""), pattern, name) if part))
+
+
 def _missing_shards(state: Run) -> pa.Table:
-    """Shards without a part; counts what is there into `state.before`."""
+    """Shards to do: without a part, or with errors to retry; counts all others into `state.before`."""
     done = committed_shards(state.output, state.fingerprint)
     planned = set(state.shards["shard"].to_pylist())
     facts = read_part_facts(state.output, done & planned, state.fingerprint)
+    if state.config.retry_errors:
+        facts = {shard: part for shard, part in facts.items() if RETRYABLE_KINDS.isdisjoint(part.errors_by_kind)}
     for part in facts.values():
         state.before.add(part)
     return state.shards.filter(pc.invert(pc.is_in(state.shards["shard"], pa.array(sorted(facts), pa.string()))))
 
 
-def _claim(state: Run, todo: pa.Table | None, cluster: dict[str, float]) -> pa.Table:
-    """Fix device and dtype by what the cluster has, and claim the output for them; the shards to do."""
+def _settle(state: Run, cluster: dict[str, float]) -> None:
+    """Fix device and dtype by what the cluster has."""
     config = state.config
     state.device = config.device if config.device != "auto" else ("cuda" if cluster.get("GPU") else "cpu")
     if state.identity is None:
         state.identity = _identity(state.model, "bfloat16" if state.device == "cuda" else "float32")
-    try:
-        claim_output(state.output, state.identity)
-        return _missing_shards(state) if todo is None else todo
-    except InputError as error:
-        raise ConfigError(f"the output cannot be used: {error.message}") from error
+
+
+def _nothing_to_do(state: Run) -> Receipt:
+    """Account for an output whose shards are all committed, by a run that may have been killed before its receipt."""
+    print("nothing to do: all planned shards are committed", file=sys.stderr)
+    if not receipt_is_complete(state.output, state.shards.num_rows):
+        _close(state, EventLog(state.output))
+    return _finish(state)
 
 
 def _transcribe(state: Run, todo: pa.Table, cluster: dict[str, float]) -> Receipt:
@@ -202,6 +229,10 @@ def _transcribe(state: Run, todo: pa.Table, cluster: dict[str, float]) -> Receip
     longest_s = pc.max(todo["audio_s"]).as_py()
     weight_bytes = state.model.parameters * DTYPES[dtype].itemsize
     resources = plan_resources(config, state.device, cluster, todo.num_rows, longest_s, weight_bytes)
+    try:
+        claim_output(state.output, state.identity)  # only now: a refused run leaves no mark
+    except InputError as error:
+        raise ConfigError(f"the output cannot be used: {error.message}") from error
     print(
         f"run     {todo.num_rows} of {state.shards.num_rows} shards on {state.device} in {dtype}, "
         f"{resources.describe()}",
@@ -210,8 +241,7 @@ def _transcribe(state: Run, todo: pa.Table, cluster: dict[str, float]) -> Receip
     events = EventLog(state.output)
     events.add("start", fingerprint=state.fingerprint, shards=todo.num_rows, resources=vars(resources))
     total_s = pc.sum(state.shards["audio_s"]).as_py()
-    pools = {"features": (resources.feature_pool or resources.model_pool)[1], "model": resources.model_pool[1]}
-    display = ProgressDisplay(total_s, state.before.audio_s + state.before.lost_s, pools)
+    display = ProgressDisplay(total_s, state.before.audio_s + state.before.lost_s)
     state.now, state.throughput = display.tally, display.throughput
     try:
         with display:
@@ -280,7 +310,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         config = tyro.cli(TranscribeConfig, args=arguments, prog="python -m jobs.transcribe")
         if config.dry_run:
-            return dry_run(config)
+            output = Storage(config.output, config.storage())
+            return dry_run(config, planned_digests(output))
         signal.signal(signal.SIGTERM, _stop)
         return run(config).exit_code
     except (JobStoppedError, InputError) as error:  # an InputError here: the output's storage failed

@@ -15,12 +15,21 @@ FACTS = PartFacts(
     rows=10, ok=8, empty=1, errors=1, audio_s=90.0, lost_s=10.0, word_errors=5, reference_words=50,
     errors_by_kind={"truncated": 1},
 )  # fmt: skip
-CLOCK = {"storage_s": 0.1, "decode_s": 0.2, "features_s": 0.3, "model_s": 4.0, "write_s": 0.1}
+CLOCK = {
+    "storage_s": 0.1,
+    "decode_s": 0.2,
+    "features_s": 0.3,
+    "model_s": 4.0,
+    "write_s": 0.1,
+    "feature_worker": "a:1",
+    "model_worker": "a:1",
+}
 
 
 def make_receipt(**changes) -> Receipt:
     values = {
-        "items_in": 10, "ok": 8, "empty": 1, "errors": 1, "error_rate": 0.1, "errors_by_kind": {"truncated": 1},
+        "items_in": 10, "items_pending": 0, "ok": 8, "empty": 1, "errors": 1, "error_rate": 0.1,
+        "errors_by_kind": {"truncated": 1},
         "hours_in": 1.0, "hours_done": 0.9, "hours_lost": 0.1, "hours_this_run": 0.9, "rtfx_end_to_end": 100.0,
         "wall_s": 32.4, "wer": 0.1, "reference_words": 50, "stage_seconds": {"model": 4.0}, "model_idle_share": 0.2,
         "shards": 2, "shards_this_run": 2, "complete": True, "max_error_rate": 0.01, "model": "m",
@@ -31,7 +40,7 @@ def make_receipt(**changes) -> Receipt:
 
 
 def test_line_accounts_for_earlier_runs_and_names_the_bottleneck():
-    display = ProgressDisplay(total_s=400.0, done_s=200.0, pools={"features": 1, "model": 1}, stream=io.StringIO())
+    display = ProgressDisplay(total_s=400.0, done_s=200.0, stream=io.StringIO())
     with display:
         display.update(FACTS, CLOCK)
         line = display.line()
@@ -42,7 +51,7 @@ def test_line_accounts_for_earlier_runs_and_names_the_bottleneck():
 
 
 def test_tallies_add_up():
-    first = ProgressDisplay(1.0, 0.0, {"features": 1, "model": 1}, io.StringIO())
+    first = ProgressDisplay(1.0, 0.0, io.StringIO())
     first.update(FACTS, CLOCK)
     first.update(FACTS, CLOCK)
     total = merge_tallies(first.tally, first.tally)
@@ -54,7 +63,7 @@ def test_tallies_add_up():
     [
         ({"error_rate": 0.0, "errors": 0}, 0, "open    duckdb"),
         ({}, 3, "OVER THE ERROR BUDGET: 10.00%"),
-        ({"complete": False}, 1, "STOPPED before the end: run it again"),
+        ({"complete": False, "items_in": 15, "items_pending": 5}, 1, "STOPPED before the end: run it again"),
     ],
 )
 def test_exit_status_and_summary(changes, status, said):
@@ -62,7 +71,8 @@ def test_exit_status_and_summary(changes, status, said):
     assert receipt.exit_code == status
     summary = summarise(receipt, "run it again")
     assert said in summary
-    assert "items   10 in = 8 ok + 1 empty" in summary
+    assert f"items   {receipt.items_in} in = 8 ok + 1 empty + {receipt.errors} errors" in summary
+    assert ("+ 5 not yet" in summary) == (receipt.items_pending == 5)
 
 
 def test_events_are_whole_json_lines_without_credentials(tmp_path):

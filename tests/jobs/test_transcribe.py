@@ -1,5 +1,6 @@
 """The job from end to end: real Ray, real audio, local disk and a real S3 server."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -324,3 +325,42 @@ def test_another_input_or_format_into_the_same_output_is_refused(layouts, tmp_pa
     run(job_config(layouts["files"], tmp_path / "out"))
     with pytest.raises(ConfigError, match="one per input"):
         run(job_config(layouts["parquet"], tmp_path / "out"))
+
+
+def test_errors_that_may_pass_are_retried_on_request(tmp_path):
+    source = tmp_path / "in"
+    source.mkdir()
+    (source / "a.wav").write_bytes(audio_bytes(1.0))
+    lines = [{"audio_filepath": "a.wav", "duration": 1.0}, {"audio_filepath": "late.wav", "duration": 1.0}]
+    (source / "items.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    config = job_config(source / "items.jsonl", tmp_path / "out")
+    assert run(config).errors_by_kind == {"missing_object": 1}
+    (source / "late.wav").write_bytes(audio_bytes(1.0))
+    assert run(config).errors == 1  # a plain rerun leaves committed rows alone
+    receipt = run(dataclasses.replace(config, retry_errors=True))
+    assert (receipt.items_in, receipt.errors, receipt.shards_this_run) == (2, 0, 1)
+    assert len(read_table(tmp_path / "out")) == 2
+
+
+def test_a_run_killed_before_its_receipt_is_accounted_for_by_the_next(layouts, tmp_path):
+    config = job_config(layouts["files"], tmp_path / "out")
+    first = run(config)
+    (tmp_path / "out/receipt.json").unlink()
+    (tmp_path / "out/report.html").unlink()
+    run(config)
+    receipt = json.loads((tmp_path / "out/receipt.json").read_text())
+    assert (receipt["complete"], receipt["items_in"]) == (True, first.items_in)
+    assert (tmp_path / "out/report.html").exists()
+
+
+def test_a_refused_run_leaves_no_mark_on_the_output(layouts, tmp_path):
+    with pytest.raises(ConfigError, match="no GPU now"):
+        run(job_config(layouts["files"], tmp_path / "out", device="cuda", model_actors=None))
+    assert not (tmp_path / "out/job.json").exists()
+
+
+def test_one_input_under_two_spellings_is_one_input(layouts, tmp_path, monkeypatch):
+    config = job_config(layouts["files"], tmp_path / "out")
+    run(config)
+    monkeypatch.chdir(layouts["files"].parent)
+    assert run(dataclasses.replace(config, input=f"./{layouts['files'].name}/")).shards_this_run == 0
