@@ -31,7 +31,7 @@ from jobs.parts import (
     read_part_facts,
     recorded_dtype,
 )
-from jobs.pipeline import plan_resources, run_shards
+from jobs.pipeline import LOST_WORKER_RETRIES, plan_resources, run_shards
 from jobs.plan import dry_run
 from jobs.plan_store import list_generations, planned_digests, read_plan, write_plan
 from jobs.planning import plan_shards
@@ -257,6 +257,11 @@ def _transcribe(state: Run, todo: pa.Table, cluster: dict[str, float]) -> Receip
             ):
                 display.update(PartFacts(**json.loads(result["facts"])), result)
                 events.add("shard", **result)
+    except ray.exceptions.RayActorError as error:
+        raise JobStoppedError(
+            f"workers were lost more than {LOST_WORKER_RETRIES} times on one shard, by nodes that went, too little "
+            f"memory, or an item that ends its decoder ({root_cause(error)}); {RESUME_HINT}"
+        ) from error
     except (ray.exceptions.RayError, InputError) as error:
         raise JobStoppedError(f"{scrub(root_cause(error), state.output.options)}; {RESUME_HINT}") from error
     finally:
