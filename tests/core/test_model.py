@@ -68,6 +68,16 @@ def test_fused_as_plain(lengths, switches, seed):
 
 
 @torch.no_grad()
+def test_channels_that_hardly_vary():
+    """BatchNorm's epsilon counts where a channel's variance is as small; elsewhere leaving it out would not show."""
+    model = small_model(1)
+    for layer in model.encoder.layers:
+        layer.conv.norm.running_var.fill_(1e-5)
+    features, lens = random_features([90])
+    assert relative_error(model.prepare_inference()(features, lens)[0], model(features, lens)[0]) <= ROUNDING
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("form", ["plain", "fused"])
 @pytest.mark.parametrize("garbage", [1e4, -1e4])
 def test_frames_past_the_length_do_not_matter(form, garbage):
