@@ -30,7 +30,8 @@ BODY_ATTEMPTS = 3  # botocore retries until the headers are there; a body that b
 READ_BLOCK_BYTES = 8 << 20  # of `Storage.open`; s3fs would read 50 MiB ahead
 MAX_POOL_CONNECTIONS = 64  # botocore's default of 10 would queue the read-ahead threads of one worker behind each other
 SINGLE_PUT_LIMIT = 5 * 2**30 - 1  # S3 refuses a larger put_object; parts and plan files are a few hundred MiB at most
-HIDDEN_PREFIX = ".tmp-"  # readers of a table skip names that start with a dot
+HIDDEN_PREFIX = ".tmp-"
+TEMPORARY_FOLDER = ".tmp"  # under the root: what a killed writer leaves must not lie among the files of a table
 
 # What fsspec, s3fs and gcsfs let through. OSError covers local files, FileNotFoundError, PermissionError, TimeoutError.
 STORAGE_ERRORS = (OSError, BotoCoreError, ClientError, aiohttp.ClientError)
@@ -229,7 +230,7 @@ class Storage:
     def write_atomic(self, name: str, data: bytes | IO[bytes], exclusive: bool = False) -> bool:
         """Make `name` hold `data`, whole or not at all: no reader ever sees a part of it.
 
-        Local: a hidden temporary file beside it, fsync, rename. Object store: one put request.
+        Local: a temporary file in a hidden folder of the root, fsync, rename. Object store: one put request.
 
         Args:
             exclusive: only if `name` does not exist yet. Certain on local disk and on stores that honour If-None-Match
@@ -240,7 +241,7 @@ class Storage:
         """
         with storage_errors(self.source(name), self.options):
             if self.is_local:
-                return write_local(self.path(name), data, exclusive)
+                return write_local(self.path(name), data, exclusive, self.path(TEMPORARY_FOLDER))
             if exclusive and self.exists(name):  # some servers ignore If-None-Match: rclone 1.75 overwrites
                 return False
             body = data if isinstance(data, bytes) else data.read()
@@ -285,11 +286,12 @@ def s3_pages(fs: fsspec.AbstractFileSystem, prefix: str, delimiter: str = "") ->
         arguments["ContinuationToken"] = page["NextContinuationToken"]
 
 
-def write_local(path: str, data: bytes | IO[bytes], exclusive: bool) -> bool:
-    """`Storage.write_atomic` for a local path; makes the folder. False if `exclusive` and the path exists."""
+def write_local(path: str, data: bytes | IO[bytes], exclusive: bool, temporary_folder: str) -> bool:
+    """`Storage.write_atomic` for a local path; makes both folders. False if `exclusive` and the path exists."""
     folder = os.path.dirname(path)
     os.makedirs(folder, exist_ok=True)
-    temporary = os.path.join(folder, f"{HIDDEN_PREFIX}{uuid.uuid4().hex}")
+    os.makedirs(temporary_folder, exist_ok=True)
+    temporary = os.path.join(temporary_folder, f"{HIDDEN_PREFIX}{uuid.uuid4().hex}")
     # Not tempfile: its files are private to the user (mode 0600), a table is for others to read.
     handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:

@@ -2,8 +2,12 @@
 
 import os
 import pickle
+import signal
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from job_samples import audio_bytes
@@ -11,6 +15,12 @@ from job_samples import audio_bytes
 from jobs.listing import list_files, resolve_input
 from jobs.storage import HIDDEN_PREFIX, Storage, StorageOptions, scrub
 from parakeet_core.errors import ConfigError, ErrorKind, InputError
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def files_in(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
 def test_what_is_written_is_read_named_and_listed(storage):
@@ -51,7 +61,7 @@ def test_of_many_exclusive_writers_on_local_disk_one_succeeds(tmp_path):
         done = list(pool.map(lambda n: storage.write_atomic("x", bytes([n]), exclusive=True), range(32)))
     assert sum(done) == 1
     assert storage.read_bytes("x") == bytes([done.index(True)])
-    assert os.listdir(tmp_path) == ["x"]
+    assert files_in(tmp_path) == ["x"]
 
 
 def test_readers_see_all_or_nothing_while_writers_replace(tmp_path):
@@ -76,7 +86,19 @@ def test_a_failed_write_leaves_nothing(tmp_path):
     with pytest.raises(InputError, match="No space left") as caught:
         storage.write_atomic("x", Failing())
     assert caught.value.kind == ErrorKind.STORAGE
-    assert os.listdir(tmp_path) == []
+    assert files_in(tmp_path) == []
+
+
+def test_a_killed_writer_leaves_nothing_among_the_files_of_a_table(tmp_path):
+    write = "import os, signal, sys; from jobs.storage import Storage\n"
+    write += "class Dies:\n    def read(self, _size): os.kill(os.getpid(), signal.SIGKILL)\n"
+    write += "Storage(sys.argv[1]).write_atomic('table/part', Dies())"
+    killed = subprocess.run([sys.executable, "-c", write, str(tmp_path)], cwd=REPOSITORY, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert os.listdir(tmp_path / "table") == []
+    assert len(files_in(tmp_path)) == 1  # it was killed while it wrote
+    Storage(str(tmp_path)).write_atomic("table/part", b"whole")
+    assert os.listdir(tmp_path / "table") == ["part"]
 
 
 def test_half_written_files_are_not_listed(tmp_path):
