@@ -127,7 +127,7 @@ def measure_rates(sampler: KindSampler, options: StorageOptions) -> list[Rate]:
 
 
 def _measure(reader: SourceReader, sample: Sample) -> tuple[float, float, int] | None:
-    """(bytes, seconds, items) of one sample; None if its headers cannot be read: its row will say why later."""
+    """(bytes, seconds, items) of one sample; None if its headers give no length or cannot be read."""
     try:
         if sample.layout != "file":
             return probe_container(reader, sample.layout, sample.source, sample.row_group)
@@ -135,7 +135,8 @@ def _measure(reader: SourceReader, sample: Sample) -> tuple[float, float, int] |
             return None
         with reader.open(sample.source) as file:
             seconds = probe_audio(file).duration_s
-        return float(sample.size_bytes or 0), seconds, 1
+        # ADTS, and FLAC that was written to a pipe, do not say how long they are.
+        return None if seconds is None else (float(sample.size_bytes or 0), seconds, 1)
     except InputError:
         return None
 
@@ -150,9 +151,12 @@ def probe_container(
         if not isinstance(item.payload, bytes):
             continue
         try:
-            seconds += probe_audio(item.payload).duration_s
+            duration_s = probe_audio(item.payload).duration_s
         except InputError:
             continue  # it becomes an error row when it is read; here only its length is missing
+        if duration_s is None:
+            continue
+        seconds += duration_s
         size += len(item.payload) + (tarfile.BLOCKSIZE if layout == "tar" else 0)
         items += 1
         if size > PROBE_BYTES:

@@ -264,6 +264,21 @@ def test_seconds_are_estimated_from_headers(storage):
     assert any(line.startswith("items     81") for line in report.lines())
 
 
+def test_audio_whose_headers_give_no_length_is_estimated_from_its_size(tmp_path):
+    flac = bytearray(audio_bytes(2.0, "FLAC"))
+    flac[21] &= 0xF0  # no total of samples, as of a FLAC that was written to a pipe
+    flac[22:26] = bytes(4)
+    (tmp_path / "files").mkdir()
+    (tmp_path / "tars").mkdir()
+    (tmp_path / "files/a.flac").write_bytes(flac)
+    (tmp_path / "tars/x.tar").write_bytes(tar_bytes({"a.flac": bytes(flac), "b.wav": audio_bytes(3.0)}))
+    with plan_shards(scan_input(InputOptions(str(tmp_path / "files"))).batches()) as plan:
+        assert plan.facts.audio_s.tolist() == pytest.approx([len(flac) / 17_000])  # the nominal rate of FLAC
+        assert [rate.measured for rate in plan.rates] == [0]
+    with plan_shards(scan_input(InputOptions(str(tmp_path / "tars"))).batches()) as plan:
+        assert [rate.item_s for rate in plan.rates] == pytest.approx([3.0])
+
+
 def test_a_dry_run_writes_nothing(tmp_path):
     source = tmp_path / "in"
     Storage(str(source)).write_atomic("a.wav", audio_bytes(1.0))
