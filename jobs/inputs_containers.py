@@ -1,6 +1,6 @@
 """Containers -> plan rows: one per WebDataset tar, one per row group of a Parquet file with an audio column.
 
-Knows nothing of what is inside a tar (`reading_tar.py`); of a Parquet file it reads only the footer.
+Knows nothing of what is inside a tar (`reading_containers.py`); of a Parquet file it reads only the footer.
 """
 
 from collections.abc import Iterator
@@ -12,7 +12,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from jobs.plan_rows import PLAN_SCHEMA, plan_batch
-from jobs.storage import Storage, storage_errors
+from jobs.sources import SourceFile
+from jobs.storage import Storage
 from parakeet_core.errors import ConfigError, ErrorKind, InputError
 
 FOOTER_THREADS = 16  # a footer is two small requests; 16 at a time read 10,000 footers at 50 ms each in about a minute
@@ -47,7 +48,7 @@ def parquet_rows(storage: Storage, listing: Iterator[pa.RecordBatch]) -> Iterato
 def _row_groups(storage: Storage, name: str, size_bytes: int) -> list[dict]:
     source = storage.source(name)
     try:
-        with storage_errors(source, storage.options), storage.open(name) as file:
+        with SourceFile(source, storage.options, size_bytes) as file:
             try:
                 parquet = pq.ParquetFile(file, pre_buffer=False)
                 audio = find_audio_column(parquet.schema_arrow)
@@ -62,7 +63,8 @@ def _row_groups(storage: Storage, name: str, size_bytes: int) -> list[dict]:
                     for group, first, rows in _first_rows(parquet.metadata)
                     if rows
                 ]
-            except pa.ArrowInvalid as error:
+            # Damaged Thrift is an OSError, a name that is not UTF-8 a ValueError; storage failures are InputErrors.
+            except (pa.ArrowException, OSError, ValueError) as error:
                 reason = (
                     f"no usable Parquet footer ({str(error)[:200]}); expected a complete file, found {size_bytes} bytes"
                 )

@@ -264,6 +264,20 @@ def test_parquet_row_groups_become_rows(storage):
     assert "audio" in rows["other.parquet"]["error_message"]
 
 
+def test_any_damage_to_a_parquet_footer_is_one_rejected_row(storage):
+    sink = pa.BufferOutputStream()
+    pq.write_table(hf_table(3), sink)
+    whole = sink.getvalue().to_pybytes()
+    footer = len(whole) - 8 - int.from_bytes(whole[-8:-4], "little")
+    name = whole.index(b"speaker", footer)
+    for number, (start, damage) in enumerate({footer: b"\xff" * 40, name: b"\xff" * 7}.items()):
+        data = whole[:start] + damage + whole[start + len(damage) :]
+        storage.write_atomic(f"data/{number}.parquet", data)
+    storage.write_atomic("data/good.parquet", whole)
+    rows = {row["id"]: row["error_kind"] for row in rows_of(storage, "data")}
+    assert rows == {"0.parquet": "torn_archive", "1.parquet": "torn_archive", "good.parquet#0": None}
+
+
 @pytest.mark.skipif(not SHARED_SPEECH.exists(), reason="shared/speech is not here")
 def test_shared_speech_as_files_and_as_manifest_names_the_same_files():
     storage = Storage(str(SHARED_SPEECH))
