@@ -6,8 +6,10 @@ resolves to another address the second time (DNS rebinding) gains nothing.
 
 import http.client
 import ssl
+import string
 import urllib.error
 import urllib.request
+from urllib.parse import quote, urlsplit
 
 from jobs.source_rules import check_host, is_public
 from jobs.storage import CONNECT_TIMEOUT_S, scrub
@@ -50,22 +52,46 @@ def fetch_http(url: str) -> bytes:
     """The body of `url`.
 
     Raises:
-        InputError: BAD_RECORD (private address), MISSING_OBJECT, FORBIDDEN, STORAGE or TOO_LONG.
+        InputError: BAD_RECORD (private address, not a URL), MISSING_OBJECT, FORBIDDEN, STORAGE or TOO_LONG.
     """
     check_host(url)
-    # No proxy: behind one, the peer would be the proxy and the check would see nothing.
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), _HTTPHandler, _HTTPSHandler)
     try:
-        with opener.open(url, timeout=HTTP_TIMEOUT_S) as response:
+        with _opener().open(_quoted(url), timeout=HTTP_TIMEOUT_S) as response:
             body = response.read(MAX_BODY_BYTES + 1)
     except urllib.error.HTTPError as error:
         kinds = {401: ErrorKind.FORBIDDEN, 403: ErrorKind.FORBIDDEN, 404: ErrorKind.MISSING_OBJECT}
         kind = kinds.get(error.code, ErrorKind.STORAGE)
         raise InputError(kind, f"{scrub(url)}: the server answers {error.code}") from error
-    except (OSError, http.client.HTTPException) as error:  # URLError and timeouts are OSErrors
-        raise InputError(ErrorKind.STORAGE, f"{scrub(url)}: {scrub(str(error))[:200]}") from error
+    except (OSError, http.client.HTTPException, ValueError) as error:  # URLError and timeouts are OSErrors
+        # A host that IDNA cannot encode is a UnicodeError. Refused certificates are both ValueError and OSError.
+        malformed = isinstance(error, ValueError | http.client.InvalidURL) and not isinstance(error, OSError)
+        kind = ErrorKind.BAD_RECORD if malformed else ErrorKind.STORAGE
+        raise InputError(kind, f"{scrub(url)}: {scrub(str(error))[:200]}") from error
     if len(body) > MAX_BODY_BYTES:
         raise InputError(
             ErrorKind.TOO_LONG, f"{scrub(url)}: the body is over {MAX_BODY_BYTES} bytes; copy it to a store"
         )
     return body
+
+
+def _opener() -> urllib.request.OpenerDirector:
+    """http and https through guarded connections, and nothing else."""
+    # Not `build_opener`: it adds ftp, to which a redirect may lead, and a proxy, whose address would be checked.
+    opener = urllib.request.OpenerDirector()
+    for handler in (
+        _HTTPHandler,
+        _HTTPSHandler,
+        urllib.request.HTTPRedirectHandler,
+        urllib.request.HTTPErrorProcessor,
+        urllib.request.HTTPDefaultErrorHandler,
+        urllib.request.UnknownHandler,
+    ):
+        opener.add_handler(handler())
+    return opener
+
+
+def _quoted(url: str) -> str:
+    """`url` with spaces and letters outside ASCII percent-encoded, as browsers do; what is encoded already stays."""
+    parts = urlsplit(url)
+    path, query = (quote(part, safe=string.punctuation) for part in (parts.path, parts.query))
+    return parts._replace(path=path, query=query).geturl()

@@ -7,7 +7,7 @@ becomes its row. Knows nothing of decoding, of Ray, or of how shards were cut.
 import contextlib
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -27,7 +27,8 @@ class ReadLimits:
 
     Args:
         threads: requests at a time; a request to an object store waits 20-100 ms, so 8 keep a CPU actor busy.
-        bytes_ahead: bytes fetched and not yet consumed. One source above it is still read, alone.
+        bytes_ahead: bytes fetched and not yet consumed. One source above it is still read, alone. Sources of unknown
+            size can pass it by what `threads` of them hold: their length is known only when they are here.
     """
 
     threads: int = 8
@@ -63,24 +64,34 @@ def _fetch_ahead(
     groups: list[list[dict]], reader: SourceReader, limits: ReadLimits
 ) -> Iterator[tuple[list[dict], "bytes | SourceFile | InputError"]]:
     """(rows of one source, its payload), in order, with requests running ahead of the consumer."""
-    waiting: deque[tuple[list[dict], Future, int]] = deque()
-    ahead_bytes, position = 0, 0
+    waiting: deque[tuple[list[dict], Future]] = deque()
+    position = 0
     pool = ThreadPoolExecutor(limits.threads, thread_name_prefix="fetch")
     try:
         while position < len(groups) or waiting:
             while position < len(groups) and len(waiting) < 4 * limits.threads:
                 group = groups[position]
-                cost = group[0]["size_bytes"] or UNKNOWN_BYTES
-                if waiting and ahead_bytes + cost > limits.bytes_ahead:
+                if waiting and not _may_fetch(group[0], waiting, limits):
                     break
-                waiting.append((group, pool.submit(_fetch, reader, group[0]), cost))
-                ahead_bytes += cost
+                waiting.append((group, pool.submit(_fetch, reader, group[0])))
                 position += 1
-            group, future, cost = waiting.popleft()
+            group, future = waiting.popleft()
             yield group, future.result()
-            ahead_bytes -= cost
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _may_fetch(row: dict, waiting: Iterable[tuple[list[dict], Future]], limits: ReadLimits) -> bool:
+    """Whether one more fetch keeps to the limits. What is here counts with its real length, the rest as announced."""
+    ahead_bytes, unknown = 0, 0
+    for size_bytes, future in [(row["size_bytes"], None), *((group[0]["size_bytes"], f) for group, f in waiting)]:
+        if future is not None and future.done():
+            payload = future.result()
+            ahead_bytes += len(payload) if isinstance(payload, bytes) else 0
+        else:
+            ahead_bytes += UNKNOWN_BYTES if size_bytes is None else size_bytes
+            unknown += size_bytes is None
+    return ahead_bytes <= limits.bytes_ahead and unknown <= limits.threads
 
 
 def _fetch(reader: SourceReader, row: dict) -> "bytes | SourceFile | InputError":

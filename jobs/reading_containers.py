@@ -6,6 +6,7 @@ A torn container gives the items before the tear, and then errors for the rest. 
 import gzip
 import io
 import json
+import math
 import tarfile
 import zlib
 from collections.abc import Iterator
@@ -110,11 +111,8 @@ def _groups(file: IO[bytes]) -> Iterator[tuple[str, list[tuple[tarfile.TarInfo, 
     buffered = io.BufferedReader(file, 1 << 20)
     plain = gzip.GzipFile(fileobj=buffered) if buffered.peek(2)[:2] == b"\x1f\x8b" else buffered
     key, group, tear = None, [], None
-    archive = None
     try:
-        archive = tarfile.open(fileobj=_Pieces(plain), mode="r|", bufsize=STREAM_BYTES, tarinfo=_Header)  # noqa: SIM115 - owns no file
-        for member in archive:
-            archive.members = []  # tarfile keeps every header it has seen
+        for archive, member in _members(plain):
             if member.size < 0:
                 raise tarfile.ReadError(f"member {member.name!r:.100} claims {member.size} bytes")
             if member.isdir():
@@ -133,6 +131,17 @@ def _groups(file: IO[bytes]) -> Iterator[tuple[str, list[tuple[tarfile.TarInfo, 
         yield key, group  # before a tear as well: its audio is whole, only a text behind the tear may be missing
     if tear is not None:
         raise tear
+
+
+def _members(plain: io.BufferedReader | gzip.GzipFile) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
+    """(archive, member) of each header; what the consumer raises does not pass through here."""
+    try:
+        archive = tarfile.open(fileobj=_Pieces(plain), mode="r|", bufsize=STREAM_BYTES, tarinfo=_Header)  # noqa: SIM115 - owns no file
+        for member in archive:
+            archive.members = []  # tarfile keeps every header it has seen
+            yield archive, member
+    except ValueError as error:  # tarfile lets through what it meets in damaged pax headers of sparse members
+        raise tarfile.ReadError(f"a damaged header: {str(error)[:100]}") from error
 
 
 def _member_bytes(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes | None:
@@ -184,19 +193,32 @@ def _unreadable(member: tarfile.TarInfo) -> InputError:
 
 
 def _texts(text: bytes | None, metadata: bytes | None) -> tuple[str | None, str | None]:
-    """(reference, extra) from a `.txt` and a `.json` member; what is not valid is left out of `reference`."""
+    """(reference, extra) from a `.txt` and a `.json` member, both valid UTF-8 and `extra` valid JSON.
+
+    What is not text becomes a replacement character; NaN, Infinity and numbers over the range of a float become null.
+    """
     reference = text.decode("utf-8", "replace").strip() if text is not None else None
     if metadata is None:
         return reference, None
     raw = metadata.decode("utf-8", "replace")
     try:
-        record = json.loads(raw)
+        record = json.loads(raw, parse_float=_finite, parse_constant=_finite)
+        extra = _utf8(json.dumps(record, ensure_ascii=False, allow_nan=False))
     except (ValueError, RecursionError):
         return reference, json.dumps({"json": raw})  # carried through as it is
     if reference is None and isinstance(record, dict):
         found = next((record[name] for name in REFERENCE_COLUMNS if isinstance(record.get(name), str)), None)
-        reference = found
-    return reference, json.dumps(record, ensure_ascii=True)
+        reference = _utf8(found) if found is not None else None
+    return reference, extra
+
+
+def _finite(number: str | float) -> float | None:
+    return float(number) if math.isfinite(float(number)) else None  # JSON has no word for the others
+
+
+def _utf8(text: str) -> str:
+    """`text` with `?` for each half of a surrogate pair, which JSON can spell and Arrow refuses."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _unused(item_id: str, taken: set[str]) -> str:
@@ -213,7 +235,8 @@ def read_row_group(first_id: str, source: str, row_group: int, items: int, reade
 
     Args:
         first_id: `file.parquet#row` of the first row.
-        items: rows of the group; if reading breaks, the rows that are missing become error items.
+        items: rows of the group when it was planned. Rows that are missing become error items. Rows beyond them are
+            left out: the shard's count is fixed, and a file that grew has to be planned again under a new name.
     """
     prefix, _, first = first_id.rpartition("#")
     done = 0
@@ -227,11 +250,11 @@ def read_row_group(first_id: str, source: str, row_group: int, items: int, reade
                     for row in plain_columns(batch).to_pylist():
                         yield _parquet_item(row, audio, f"{prefix}#{int(first) + done}", source)
                         done += 1
-            except (
-                pa.ArrowException,
-                OSError,
-                IndexError,
-            ) as error:  # the storage's own failures are InputErrors already
+                        if done == items:
+                            return
+            # The storage's own failures are InputErrors already. ValueError and OverflowError: text that is not UTF-8,
+            # times that Python cannot hold.
+            except (pa.ArrowException, OSError, IndexError, ValueError, OverflowError) as error:
                 message = f"{source}, row group {row_group}: breaks after {done} rows ({str(error)[:200]})"
                 raise InputError(ErrorKind.TORN_ARCHIVE, message) from error
             if done < items:
@@ -253,11 +276,12 @@ def _parquet_item(row: dict, audio: AudioColumn, item_id: str, source: str) -> R
         payload = data
     reference = row[audio.reference] if audio.reference else None
     extra = {name: row[name] for name in audio.extra if row[name] is not None}
+    extra = {name: _finite(value) if isinstance(value, float) else value for name, value in extra.items()}
     return ReadItem(
         item_id,
         source,
         payload,
         member=member,
         reference=reference if isinstance(reference, str) else None,
-        extra=json.dumps(extra, ensure_ascii=False, default=str) if extra else None,
+        extra=json.dumps(extra, ensure_ascii=False, allow_nan=False, default=str) if extra else None,
     )

@@ -5,6 +5,7 @@ import http.server
 import io
 import json
 import os
+import socket
 import tarfile
 import threading
 import time
@@ -22,7 +23,9 @@ import jobs.sources
 from jobs.guarded_http import fetch_http
 from jobs.inputs import InputOptions, scan_input
 from jobs.plan_rows import PLAN_SCHEMA, plan_batch
-from jobs.reading import ReadItem, ReadLimits, SourceFile, read_items
+from jobs.reading import ReadItem, ReadLimits, SourceFile, _fetch_ahead, read_items
+from jobs.reading_containers import read_row_group
+from jobs.sources import SourceReader
 from jobs.storage import Storage
 from parakeet_core.audio import load_audio
 from parakeet_core.errors import ErrorKind, InputError
@@ -138,6 +141,26 @@ def test_a_consumer_that_stops_early_stops_the_fetching(storage):
     assert not [t for t in threading.enumerate() if t.name.startswith("fetch") and t.is_alive() and t.join(5)]
 
 
+def test_sources_of_unknown_size_are_held_to_the_limit_by_their_real_length():
+    class Counting(SourceReader):
+        fetched = 0
+
+        def fetch_or_open(self, source, size_bytes):
+            with lock:
+                self.fetched += 1
+            return payload
+
+    lock, reader, payload, sources = threading.Lock(), Counting(), bytes(12 << 20), 24
+    groups = [[{"source": f"s3://b/{n}", "size_bytes": None, "error_kind": None}] for n in range(sources)]
+    limits = ReadLimits(threads=2, bytes_ahead=32 << 20)
+    ahead = []
+    for taken, _ in enumerate(_fetch_ahead(groups, reader, limits), 1):
+        time.sleep(0.02)  # a slow consumer: what may be fetched, is
+        ahead.append((reader.fetched - taken) * len(payload))
+    assert reader.fetched == sources
+    assert 0 < max(ahead) <= limits.bytes_ahead + limits.threads * len(payload)
+
+
 @pytest.mark.parametrize("bytes_ahead", [1, 100_000, 1 << 30])
 def test_tars_are_read_ahead_within_a_limit_and_stop_with_the_consumer(tmp_path, bytes_ahead):
     members = {f"{n:03d}.wav": audio_bytes(0.5) for n in range(60)}
@@ -169,6 +192,15 @@ TAR = {
     "g.wav": audio_bytes(0.1),
     "b.wav": audio_bytes(0.1),
 }
+
+
+def test_texts_of_a_tar_are_valid_utf8_and_valid_json(tmp_path):
+    record = b'{"text": "hi \\ud83d", "k\\ud83d": "\\ud83d\\ude00", "snr": NaN, "a": [-Infinity, 1e999, 1.5]}'
+    (tmp_path / "x.tar").write_bytes(tar_bytes({"a.wav": audio_bytes(0.1), "a.json": record}))
+    item = read(Storage(str(tmp_path)))[0]
+    assert pa.array([item.reference], pa.string()).to_pylist() == ["hi ?"]
+    extra = json.loads(pa.array([item.extra], pa.string())[0].as_py(), parse_constant=pytest.fail)
+    assert extra == {"text": "hi ?", "k?": "\U0001f600", "snr": None, "a": [None, None, 1.5]}
 
 
 @pytest.mark.parametrize("mode", ["w", "w:gz"])
@@ -226,6 +258,17 @@ def test_torn_gzip_and_damaged_header_are_one_error_each(tmp_path):
     assert good["header.tar"] == 5
     assert 5 <= good["cut.tar.gz"] < 20
     assert good["crc.tar.gz"] == 20
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_damaged_sparse_header_is_a_tear(tmp_path, first):
+    sparse = tarfile.TarInfo("s.wav")
+    sparse.pax_headers = {"GNU.sparse.map": "x", "GNU.sparse.size": "1"}
+    whole = tar_bytes({"a.wav": audio_bytes(0.1)}).rstrip(b"\0")
+    whole += bytes(-len(whole) % 512)
+    (tmp_path / "x.tar").write_bytes((b"" if first else whole) + sparse.tobuf(tarfile.PAX_FORMAT) + bytes(1024))
+    good = {} if first else {"x.tar/a": "bytes"}
+    assert kinds(read(Storage(str(tmp_path)))) == good | {"x.tar#rest": "torn_archive"}
 
 
 def test_links_and_devices_in_a_tar_are_never_followed(tmp_path):
@@ -331,6 +374,65 @@ def test_damaged_parquet_pages_give_an_error_for_each_missing_row(tmp_path):
     assert "torn_archive" in kinds(items).values()
 
 
+def test_a_row_group_that_grew_after_planning_gives_the_planned_items(tmp_path):
+    (tmp_path / "t.parquet").write_bytes(parquet_bytes(40, 40))
+    items = list(read_row_group("t.parquet#100", str(tmp_path / "t.parquet"), 0, 25, SourceReader()))
+    assert [item.id for item in items] == [f"t.parquet#{100 + n}" for n in range(25)]
+
+
+def test_parquet_values_that_json_or_python_cannot_hold(tmp_path):
+    audio = [{"bytes": audio_bytes(0.1), "path": None}] * 2
+    pq.write_table(pa.table({"audio": audio, "snr": [float("nan"), 1.5]}), tmp_path / "nan.parquet")
+    broken = pa.Array.from_buffers(pa.string(), 2, pa.array([b"a", b"\xff"]).buffers())
+    pq.write_table(pa.table({"audio": audio, "text": broken}), tmp_path / "text.parquet")
+    items = {item.id: item for item in read(Storage(str(tmp_path)))}
+    assert [items[f"nan.parquet#{n}"].extra for n in (0, 1)] == ['{"snr": null}', '{"snr": 1.5}']
+    assert {items[f"text.parquet#{n}"].payload.kind for n in (0, 1)} == {"torn_archive"}
+
+
+def test_urls_are_encoded_and_what_is_not_a_url_is_a_bad_record(monkeypatch):
+    seen = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            seen.append(self.path)
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"audio")
+
+    monkeypatch.setattr("jobs.guarded_http.is_public", lambda _address: True)  # the server is on the loopback
+    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.handle_request, daemon=True).start()
+        url = f"http://rebound.example:{server.server_port}/\u00fc b%20c.wav?q=\u00e9&r=1"
+        assert fetch_through_name(url) == b"audio"
+    assert seen == ["/%C3%BC%20b%20c.wav?q=%C3%A9&r=1"]
+    for url in ("http://a..com/x.wav", f"http://{'a' * 64}.com/x.wav", "http://example.com:port/x.wav"):
+        with pytest.raises(InputError) as caught:
+            fetch_http(url)
+        assert caught.value.kind == ErrorKind.BAD_RECORD, url
+
+
+def test_a_redirect_to_ftp_is_not_followed(monkeypatch):
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(302)
+            self.send_header("Location", f"ftp://127.0.0.1:{behind.getsockname()[1]}/x.wav")
+            self.end_headers()
+
+    monkeypatch.setattr("jobs.guarded_http.is_public", lambda _address: True)  # the server is on the loopback
+    with (
+        http.server.HTTPServer(("127.0.0.1", 0), Handler) as server,
+        socket.create_server(("127.0.0.1", 0)) as behind,
+    ):
+        threading.Thread(target=server.handle_request, daemon=True).start()
+        monkeypatch.setattr("jobs.guarded_http.HTTP_TIMEOUT_S", 2)
+        with pytest.raises(InputError):
+            fetch_through_name(f"http://rebound.example:{server.server_port}/x.wav")
+        behind.settimeout(0)
+        with pytest.raises(BlockingIOError):  # nobody has connected
+            behind.accept()
+
+
 def test_a_public_name_that_leads_to_a_private_address_is_refused():
     """The check is on the connected socket: a server of ours on the loopback stands for the private host."""
     seen = []
@@ -349,8 +451,6 @@ def test_a_public_name_that_leads_to_a_private_address_is_refused():
 
 
 def fetch_through_name(url: str) -> bytes:
-    import socket
-
     original = socket.getaddrinfo
 
     def resolve(host, *arguments, **named):
