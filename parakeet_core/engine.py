@@ -3,6 +3,8 @@
 Shapes: `B` batch, `T` feature frames, `U` encoder frames, `M` mel bins. Knows nothing of audio files or of text.
 """
 
+import copy
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -25,6 +27,13 @@ CONTEXT_FRAMES = 1_024  # feature frames, 10 s: what it sees beyond, on each sid
 COLLAPSE_FRAMES = 100_000  # encoder frames collapsed together: some MB, and one long item does not pad all others
 CPU_BUDGET_FRAMES = 3_000  # cost of a batch; on a CPU small batches, whose states stay in the cache, beat large ones
 CUDA_BUDGET_FRAMES = 200_000  # about 2000 s of short items: enough rows to fill the matrix units of a large GPU
+# Names in torch.cpu.get_capabilities() of instructions that multiply matrices of a dtype. Without them torch emulates:
+# measured on AVX2, 19 GFLOP/s in bfloat16 against 110 to 150 in float32.
+HALF_INSTRUCTIONS = {
+    torch.bfloat16: ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"),
+    torch.float16: ("avx512_fp16", "amx_fp16", "fp16_arith"),
+}
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -52,15 +61,20 @@ class Engine:
     """Runs a checkpoint's model over features.
 
     Args:
-        checkpoint: its model is on the device and in the dtype to run in.
+        checkpoint: its model is on the device and in the dtype to run in. On a CPU without instructions for that dtype
+            the model runs in float32, with the weights as the dtype rounds them: 5 times faster, and more exact.
         budget_frames: greatest cost of a batch (see `batching`); by default one that suits the device.
     """
 
     def __init__(self, checkpoint: Checkpoint, budget_frames: float | None = None):
-        parameter = next(checkpoint.model.parameters())
+        model, parameter = checkpoint.model, next(checkpoint.model.parameters())
+        if parameter.device.type == "cpu" and not processor_multiplies(parameter.dtype):
+            log.info("no %s instructions in this processor: the model runs in float32", parameter.dtype)
+            model = copy.deepcopy(model).float()
+            parameter = next(model.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
         self.config = checkpoint.config
-        self.model = checkpoint.model.prepare_inference()
+        self.model = model.prepare_inference()
         default = CPU_BUDGET_FRAMES if self.device.type == "cpu" else CUDA_BUDGET_FRAMES
         self.budget_frames = default if budget_frames is None else budget_frames
 
@@ -150,3 +164,11 @@ class Engine:
             for item, tokens in zip(batch.indices, unpack_tokens(FrameScores(ids, scores, lens), blank), strict=True):
                 results[item] = results[item] or tokens
         return results
+
+
+def processor_multiplies(dtype: torch.dtype) -> bool:
+    """Whether this CPU has instructions for matrices of `dtype`; taken for granted where torch cannot tell."""
+    capabilities = getattr(torch.cpu, "get_capabilities", None)
+    if dtype not in HALF_INSTRUCTIONS or capabilities is None:
+        return True
+    return any(capabilities().get(name, False) for name in HALF_INSTRUCTIONS[dtype])
