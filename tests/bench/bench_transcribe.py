@@ -74,7 +74,7 @@ def _compare(waveforms: list[np.ndarray], audio_s: float, dtype: str, options) -
     contenders = {f"transformers, as given, {size}": reference_run(size, given) for size in sizes}
     contenders |= {f"transformers, sorted, {size}": reference_run(size, by_length) for size in sizes}
     contenders["ours"] = lambda: transcriber.transcribe(waveforms)
-    best = race(contenders, rounds=2 if options.quick else 5)
+    best = race(contenders, rounds=4 if options.quick else 8)
     rates = {name: audio_s / seconds for name, seconds in best.items()}
     rows = [[name, rate, rates["ours"] / rate] for name, rate in rates.items()]
     print_table(f"Transcription, {dtype}", ["order and batch size", "x real time", "ours is faster by"], rows)
