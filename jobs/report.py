@@ -113,12 +113,16 @@ def summarise(receipt: Receipt, resume_hint: str) -> str:
 
 
 class EventLog:
-    """JSON lines about one run under OUTPUT/events/, in files that are written whole every EVENTS_EVERY_S."""
+    """JSON lines about one run under OUTPUT/events/, in files that are written whole every EVENTS_EVERY_S.
+
+    Events: `plan`, `start`, `shard` (committed), `retry` (a lost worker's shards), `end`.
+    """
 
     def __init__(self, output: Storage):
         self.output = output
         self.run = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:6]}"
         self._lines: list[str] = []
+        self._restarted: set[str] = set()
         self._files, self._flushed = 0, time.monotonic()
 
     def add(self, event: str, **values) -> None:
@@ -126,6 +130,14 @@ class EventLog:
         self._lines.append(scrub(json.dumps(record, default=str), self.output.options))
         if time.monotonic() - self._flushed > EVENTS_EVERY_S:
             self.flush()
+
+    def add_shard(self, result: dict) -> None:
+        """A committed shard, as `CommitShards` returns it; before the first of a restarted worker, a retry."""
+        for worker in ("feature_worker", "model_worker"):
+            if result[f"{worker}_again"] and result[worker] not in self._restarted:
+                self._restarted.add(result[worker])
+                self.add("retry", reason="a worker was lost; its shards in hand are done again", worker=result[worker])
+        self.add("shard", **result)
 
     def flush(self) -> None:
         """Write what has not been written yet as the next file."""

@@ -6,6 +6,7 @@ Between stages a shard is one row of one block: its id and a payload, an Arrow I
 cannot be split, whatever the block size limits are, so a stage always holds a whole shard, and a part all of its rows.
 """
 
+import functools
 import json
 import os
 import platform
@@ -15,6 +16,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 import pyarrow as pa
+import ray
 import torch
 
 from jobs.models import ModelReference
@@ -72,6 +74,8 @@ class StageClock:
     write_s: float = 0.0
     feature_worker: str = ""  # which processes did it, to count how many work
     model_worker: str = ""
+    feature_worker_again: bool = False  # whether Ray started it again after its process or node was lost
+    model_worker_again: bool = False
 
     def timed(self, step: str, call: Callable, *arguments):
         """Call, and add its wall time to `step`."""
@@ -85,6 +89,13 @@ class StageClock:
 def worker_name() -> str:
     """This process among those of the cluster."""
     return f"{platform.node()}:{os.getpid()}"
+
+
+@functools.cache
+def started_again() -> bool:
+    """Whether this actor stands in for one whose process or node was lost."""
+    context = ray.get_runtime_context() if ray.is_initialized() else None
+    return bool(context and context.get_actor_id() and context.was_current_actor_reconstructed)
 
 
 def pack_shard(shard: str, table: pa.Table, clock: StageClock) -> pa.Table:
@@ -145,7 +156,7 @@ class PrepareShards:
 
     def __call__(self, block: pa.Table) -> pa.Table:
         task = block.slice(0, 1).to_pylist()[0]
-        clock = StageClock(feature_worker=worker_name())
+        clock = StageClock(feature_worker=worker_name(), feature_worker_again=started_again())
         rows = clock.timed("storage", read_shard, self.output, task["plan_file"], task["row_group"])
         prepared = [self._prepare(item, clock) for item in self._items(rows, clock)]
         if task["items"] and len(prepared) != task["items"]:
@@ -220,7 +231,7 @@ class RecogniseShards:
 
     def __call__(self, block: pa.Table) -> pa.Table:
         shard, items, clock = unpack_shard(block)
-        clock.model_worker = worker_name()
+        clock.model_worker, clock.model_worker_again = worker_name(), started_again()
         wanted = [index for index, frames in enumerate(items["frames"].to_pylist()) if frames is not None]
         features = [self._features(items["features"][index], items["frames"][index].as_py()) for index in wanted]
         results = dict(zip(wanted, clock.timed("model", self.engine.recognise, features), strict=True))

@@ -21,6 +21,7 @@ import parakeet_core
 from jobs.config import TranscribeConfig
 from jobs.inputs import InputScan, scan_input
 from jobs.listing import resolve_input
+from jobs.metrics import JobMetrics
 from jobs.models import ModelReference, resolve_model
 from jobs.parts import (
     TABLE_FOLDER,
@@ -239,8 +240,16 @@ def _transcribe(state: Run, todo: pa.Table, cluster: dict[str, float]) -> Receip
         file=sys.stderr,
     )
     events = EventLog(state.output)
-    events.add("start", fingerprint=state.fingerprint, shards=todo.num_rows, resources=vars(resources))
     total_s = pc.sum(state.shards["audio_s"]).as_py()
+    events.add("plan", shards=state.shards.num_rows, items=state.planned_items, audio_s=round(total_s, 3))
+    events.add(
+        "start",
+        fingerprint=state.fingerprint,
+        shards=todo.num_rows,
+        resources=vars(resources),
+        retry_errors=config.retry_errors,
+    )
+    metrics = JobMetrics(todo.num_rows)
     display = ProgressDisplay(total_s, state.before.audio_s + state.before.lost_s)
     state.now, state.throughput = display.tally, display.throughput
     try:
@@ -255,8 +264,10 @@ def _transcribe(state: Run, todo: pa.Table, cluster: dict[str, float]) -> Receip
                 state.fingerprint,
                 _provenance(state),
             ):
-                display.update(PartFacts(**json.loads(result["facts"])), result)
-                events.add("shard", **result)
+                facts = PartFacts(**json.loads(result["facts"]))
+                display.update(facts, result)
+                metrics.update(facts, result, display.model_idle_share())
+                events.add_shard(result)
     except ray.exceptions.RayActorError as error:
         raise JobStoppedError(
             f"workers were lost more than {LOST_WORKER_RETRIES} times on one shard, by nodes that went, too little "

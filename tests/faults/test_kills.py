@@ -77,6 +77,8 @@ def test_killed_actor_is_replaced_and_the_run_goes_on(source, undisturbed, tmp_p
     status, printed = job.finish()
     assert status == 0, printed
     assert parts_of(tmp_path / "out") == undisturbed
+    events = "".join(path.read_text() for path in (tmp_path / "out/events").iterdir())
+    assert '"event": "retry"' in events
 
 
 def test_sigterm_ends_in_time_and_says_how_to_resume(source, undisturbed, tmp_path):

@@ -23,6 +23,8 @@ CLOCK = {
     "write_s": 0.1,
     "feature_worker": "a:1",
     "model_worker": "a:1",
+    "feature_worker_again": False,
+    "model_worker_again": False,
 }
 
 
@@ -85,6 +87,16 @@ def test_events_are_whole_json_lines_without_credentials(tmp_path):
     text = "".join(file.read_text() for file in files)
     assert [json.loads(line)["event"] for line in text.splitlines()] == ["start", "end"]
     assert not re.search("CANARY|user:pw|sig=1", text)
+
+
+def test_a_worker_that_was_started_again_is_one_retry(tmp_path):
+    log = EventLog(Storage(str(tmp_path)))
+    for again in (False, True, True):
+        log.add_shard(CLOCK | {"feature_worker_again": again, "model_worker_again": again})
+    log.flush()
+    (file,) = (tmp_path / "events").iterdir()
+    events = [json.loads(line)["event"] for line in file.read_text().splitlines()]
+    assert events == ["shard", "retry", "shard", "shard"]
 
 
 def test_durations_in_words():
