@@ -110,6 +110,8 @@ class TranscribeConfig(InputConfig):
     """Of the model; auto: as the output was begun, else bfloat16 on cuda and float32 on the CPU."""
     dry_run: bool = False
     """Only list the input, read headers and say what the job would be. Writes nothing."""
+    new_version: bool = False
+    """If the output belongs to another model or dtype, write into OUTPUT/versions/<fingerprint>/ beside its table."""
     retry_errors: bool = False
     """Compute again the shards that hold errors which may pass: missing or forbidden objects, failing storage."""
     max_error_rate: float = 0.01

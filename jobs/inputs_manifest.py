@@ -9,6 +9,7 @@ Source: https://docs.nvidia.com/nemo-framework/user-guide/latest/nemotoolkit/asr
 """
 
 import gzip
+import hashlib
 import io
 import json
 import math
@@ -100,8 +101,10 @@ def _row_of(
         return parse_line(line, folder, rules)
     except InputError as error:
         message = f"{manifest}, line {number}: {error.message}"
+        content = line if isinstance(line, bytes) else error.message.encode()
         return {
-            "id": f"{manifest}#line{number}",
+            # By its content: lines that come in before it later must not make it another item.
+            "id": f"{manifest}#bad-{hashlib.blake2b(content.strip(), digest_size=6).hexdigest()}",
             "source": source,
             "audio_s": 0.0,
             "items": 1,

@@ -3,12 +3,12 @@
 import sys
 from collections.abc import Sequence
 
-import numpy as np
 import tyro
 
 from jobs.config import InputConfig
 from jobs.inputs import scan_input
 from jobs.plan_report import describe_plan
+from jobs.planned_items import PlannedItems
 from jobs.planning import plan_shards
 from jobs.storage import scrub
 from parakeet_core.errors import ParakeetError
@@ -16,11 +16,11 @@ from parakeet_core.errors import ParakeetError
 EXIT_REFUSED = 2
 
 
-def dry_run(config: InputConfig, planned: np.ndarray | None = None) -> int:
+def dry_run(config: InputConfig, planned: PlannedItems | None = None) -> int:
     """Print what the job would be; returns the exit status.
 
     Args:
-        planned: digests of the ids that the output has planned already (`plan_store.planned_digests`).
+        planned: what the output has planned already (`plan_store.planned_items`).
 
     Raises:
         ConfigError: the input cannot be used.

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from jobs.plan_rows import PLAN_SCHEMA, digest_strings
+from jobs.planned_items import PlannedItems
 from jobs.sizing import KindSampler
 
 
@@ -42,8 +43,13 @@ class RowFacts:
         return len(self.audio_s)
 
 
-def collect_rows(batches: Iterable[pa.RecordBatch], folder: str) -> tuple[RowFacts, np.ndarray, KindSampler]:
-    """Spill the rows to `folder/rows.arrow` and keep their numbers, and each row's kind (int16 [N])."""
+def collect_rows(
+    batches: Iterable[pa.RecordBatch], folder: str, planned: PlannedItems
+) -> tuple[RowFacts, np.ndarray, KindSampler]:
+    """Spill the rows to `folder/rows.arrow` and keep their numbers, and each row's kind (int16 [N]).
+
+    Only rows that are not `planned` are sampled: what is finished is not opened again.
+    """
     sampler = KindSampler()
     columns: dict[str, list[np.ndarray]] = {name: [] for name in [*RowFacts.__dataclass_fields__, "codes"]}
     options = pa.ipc.IpcWriteOptions(compression="lz4")
@@ -64,7 +70,7 @@ def collect_rows(batches: Iterable[pa.RecordBatch], folder: str) -> tuple[RowFac
             columns["offset_s"].append(_numbers(batch["offset_s"], np.float32, 0))
             columns["container"].append(_mask(pc.not_equal(batch["layout"], "file")))
             columns["rejected"].append(_mask(pc.is_valid(batch["error_kind"])))
-            columns["codes"].append(sampler.add(batch, digest[:, 0]))
+            columns["codes"].append(sampler.add(batch, digest[:, 0], ~planned.holds(digest)))
     empty = {"digest": np.empty((0, 2), np.uint64), "codes": np.empty(0, np.int16), "container": np.empty(0, bool)}
     arrays = {}
     for name in list(columns):  # one column at a time, so that only one is in memory twice

@@ -27,8 +27,10 @@ PLAN_SCHEMA = pa.schema(
         pa.field("extra", pa.string()),  # the manifest's other keys, JSON
         pa.field("error_kind", pa.string()),  # set on rows rejected while planning; they become error rows of the table
         pa.field("error_message", pa.string()),
+        pa.field("given_id", pa.string()),  # what the input calls an item whose `id` had to be made unique
     ]
 )
+PLACE_COLUMNS = ["source", "member", "row_group", "offset_s", "duration_s", "channel"]  # where an item's audio lies
 
 
 def plan_batch(layout: str, columns: dict) -> pa.RecordBatch:
@@ -48,6 +50,12 @@ def plan_batch(layout: str, columns: dict) -> pa.RecordBatch:
         else:
             arrays.append(pa.nulls(length, column.type))
     return pa.RecordBatch.from_arrays(arrays, schema=PLAN_SCHEMA)
+
+
+def digest_places(batch: pa.RecordBatch) -> np.ndarray:
+    """What tells rows of one id apart: a digest of where their audio lies. uint64 [N]."""
+    columns = batch.select(PLACE_COLUMNS).to_pydict()
+    return digest_strings(pa.array([repr(place) for place in zip(*columns.values(), strict=True)], pa.string()))[:, 0]
 
 
 def digest_strings(strings: pa.Array) -> np.ndarray:

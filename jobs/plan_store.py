@@ -4,11 +4,13 @@
     plan/plan-0000-1f2e3d4c-shards.parquet  one row per shard: what the driver reads
     plan/plan-0000.json                     the commit point: counts, fingerprint, names of the files above
 
-The names hold the plan's fingerprint, so two drivers that plan at once cannot mix their files; the JSON file decides.
+The names hold the plan's fingerprint, and so do the names of its shards and of their parts: two drivers that plan at
+once cannot mix theirs; the JSON file decides.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,18 +19,22 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from jobs.plan_facts import read_spill
-from jobs.plan_rows import PLAN_SCHEMA, digest_strings
+from jobs.plan_rows import PLACE_COLUMNS, PLAN_SCHEMA, digest_places, digest_strings
+from jobs.planned_items import PlannedItems, contains
 from jobs.planning import Plan
 from jobs.storage import Storage
-from parakeet_core.errors import ConfigError
+from parakeet_core.errors import ConfigError, ErrorKind, InputError
 
 FOLDER = "plan"
 SHARDS_PER_FILE = 256  # a worker reads the footer of its plan file: about 200 KB at 256 row groups of 15 columns
 BUCKET_ROWS = 400_000  # rows sorted in memory at once while plan files are written, about 100 MB
-PLAN_FORMAT = 1  # of the files described above
+PLAN_FORMAT = 2  # of the files described above
+PLAN_DIGITS = 8  # of a plan's fingerprint, in names
+READ_THREADS = 8  # plan files read at a time: each is a few requests of 20-100 ms on an object store
+RACE = "another run has begun this output at the same moment; this one has written no transcript: run it again"
 SHARD_SCHEMA = pa.schema(
     [
-        pa.field("shard", pa.string(), nullable=False),  # "0000-000012": generation and number
+        pa.field("shard", pa.string(), nullable=False),  # "0000-000012-1f2e3d4c": generation, number, plan
         pa.field("plan_file", pa.string(), nullable=False),
         pa.field("row_group", pa.int32(), nullable=False),
         pa.field("rows", pa.int64(), nullable=False),
@@ -57,8 +63,8 @@ class Generation:
     options: dict
 
 
-def shard_name(generation: int, index: int) -> str:
-    return f"{generation:04d}-{index:06d}"
+def shard_name(generation: int, index: int, fingerprint: str) -> str:
+    return f"{generation:04d}-{index:06d}-{fingerprint[:PLAN_DIGITS]}"
 
 
 def list_generations(storage: Storage) -> list[Generation]:
@@ -86,11 +92,11 @@ def _read_generation(storage: Storage, name: str) -> Generation:
         raise ConfigError(f"{storage.url}/{FOLDER}/{name}: not a plan of this program ({error})") from error
 
 
-def read_plan(storage: Storage) -> pa.Table:
-    """All shards of all generations, `SHARD_SCHEMA`, longest first within a generation; empty if there is no plan."""
+def read_plan(storage: Storage, generations: Sequence[Generation]) -> pa.Table:
+    """All shards of the generations, `SHARD_SCHEMA`, longest first within a generation."""
     tables = [
         pq.read_table(pa.BufferReader(storage.read_bytes(f"{FOLDER}/{generation.shards_file}")), schema=SHARD_SCHEMA)
-        for generation in list_generations(storage)
+        for generation in generations
     ]
     return pa.concat_tables(tables) if tables else SHARD_SCHEMA.empty_table()
 
@@ -101,18 +107,43 @@ def read_shard(storage: Storage, plan_file: str, row_group: int) -> pa.Table:
         return pq.ParquetFile(file).read_row_group(row_group).cast(PLAN_SCHEMA)
 
 
-def planned_digests(storage: Storage) -> np.ndarray:
-    """Digests of the ids in all committed generations, uint64 [P, 2]; 16 bytes per item in memory."""
-    generations = list_generations(storage)
-    digests = np.empty((sum(generation.rows for generation in generations), 2), np.uint64)
-    filled = 0
-    for generation in generations:
-        for name in generation.files:
-            with storage.open(f"{FOLDER}/{name}") as file:
-                for batch in pq.ParquetFile(file).iter_batches(1 << 16, columns=["id"]):
-                    digests[filled : filled + len(batch)] = digest_strings(batch["id"])
-                    filled += len(batch)
-    return digests
+def planned_items(storage: Storage, generations: Sequence[Generation]) -> PlannedItems:
+    """What the generations hold; 16 bytes per item in memory."""
+
+    def names(batch: pa.RecordBatch) -> tuple[np.ndarray, ...]:
+        renamed = pc.is_valid(batch["given_id"])
+        columns = batch["id"].filter(pc.invert(renamed)), batch["given_id"].filter(renamed), batch["id"].filter(renamed)
+        return tuple(digest_strings(column) for column in columns)
+
+    def places(digests: np.ndarray) -> tuple[np.ndarray, ...]:
+        def wanted(batch: pa.RecordBatch) -> tuple[np.ndarray, ...]:
+            digest = digest_strings(pc.coalesce(batch["given_id"], batch["id"]))
+            chosen = contains(digests, digest)
+            return digest[chosen], digest_places(batch.filter(pa.array(chosen)))
+
+        return _gather(storage, generations, ["given_id", "id", *PLACE_COLUMNS], wanted)
+
+    if not generations:
+        return PlannedItems()
+    return PlannedItems(*_gather(storage, generations, ["id", "given_id"], names), places)
+
+
+def _gather(
+    storage: Storage,
+    generations: Sequence[Generation],
+    columns: list[str],
+    arrays_of: Callable[[pa.RecordBatch], tuple[np.ndarray, ...]],
+) -> tuple[np.ndarray, ...]:
+    """The arrays of every batch of every plan file, in order, joined."""
+
+    def read(name: str) -> list[tuple[np.ndarray, ...]]:
+        with storage.open(f"{FOLDER}/{name}") as file:
+            return [arrays_of(batch) for batch in pq.ParquetFile(file).iter_batches(1 << 16, columns=columns)]
+
+    files = [name for generation in generations for name in generation.files]
+    with ThreadPoolExecutor(READ_THREADS) as pool:
+        found = [arrays for arrays_of_file in pool.map(read, files) for arrays in arrays_of_file]
+    return tuple(np.concatenate(column) for column in zip(*found, strict=True))
 
 
 def write_plan(storage: Storage, plan: Plan, options: dict | None = None) -> Generation:
@@ -125,7 +156,7 @@ def write_plan(storage: Storage, plan: Plan, options: dict | None = None) -> Gen
         The generation that is committed: another driver's, if one was faster.
 
     Raises:
-        ConfigError: the plan has no shards.
+        ConfigError: the plan has no shards, or another driver replaces it just now.
     """
     if not plan.shards:
         raise ConfigError("the plan has no shards: nothing in the input is new")
@@ -154,16 +185,21 @@ def write_plan(storage: Storage, plan: Plan, options: dict | None = None) -> Gen
     name = f"{FOLDER}/plan-{plan.generation:04d}.json"
     record = {"plan_format": PLAN_FORMAT, **vars(generation)}
     storage.write_atomic(name, json.dumps(record, indent=1, sort_keys=True).encode(), exclusive=True)
-    return _read_generation(
-        storage, name.removeprefix(f"{FOLDER}/")
-    )  # not every server honours `exclusive`: what holds?
+    try:  # not every server honours `exclusive`: what holds?
+        return _read_generation(storage, name.removeprefix(f"{FOLDER}/"))
+    except InputError as error:
+        if error.kind != ErrorKind.MISSING_OBJECT:
+            raise
+        raise ConfigError(
+            f"{storage.url}: {RACE}"
+        ) from error  # rclone has neither of two objects while one replaces it
 
 
 def shard_table(plan: Plan, files: list[str]) -> pa.Table:
     """One row per shard of a plan whose rows are in `files`."""
     index = np.arange(plan.shards)
     columns = {
-        "shard": [shard_name(plan.generation, number) for number in index],
+        "shard": [shard_name(plan.generation, number, plan.fingerprint) for number in index],
         "plan_file": [files[number // SHARDS_PER_FILE] for number in index],
         "row_group": index % SHARDS_PER_FILE,
         "rows": plan.shard_rows,
@@ -209,7 +245,9 @@ def _distribute(plan: Plan, bucket_of_file: np.ndarray, folder: str) -> None:
         ids = plan.renamed.apply(first, batch["id"])
         estimate = pa.array(plan.facts.audio_s[first : first + len(batch)].astype(np.float64))
         seconds = pc.coalesce(batch["audio_s"], estimate)
+        given = pc.if_else(plan.renamed.mask(first, len(batch)), batch["id"], pa.scalar(None, pa.string()))
         batch = batch.set_column(0, PLAN_SCHEMA.field(0), ids)
+        batch = batch.set_column(PLAN_SCHEMA.get_field_index("given_id"), PLAN_SCHEMA.field("given_id"), given)
         batch = batch.set_column(PLAN_SCHEMA.get_field_index("audio_s"), PLAN_SCHEMA.field("audio_s"), seconds)
         table = pa.Table.from_batches([batch]).append_column(schema.field("shard"), pa.array(shard))
         bucket = np.where(shard < 0, -1, bucket_of_file[shard // SHARDS_PER_FILE])
@@ -237,4 +275,4 @@ def _parquet_bytes(table: pa.Table, edges: np.ndarray | None = None) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
-__all__ = ["SHARD_SCHEMA", "Generation", "list_generations", "planned_digests", "read_plan", "read_shard", "write_plan"]
+__all__ = ["SHARD_SCHEMA", "Generation", "list_generations", "planned_items", "read_plan", "read_shard", "write_plan"]

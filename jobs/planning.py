@@ -3,7 +3,7 @@
 Shards are a pure function of the input and the options: the order of the listing, machine and time do not enter.
 Strings wait on local disk; in memory an item is 44 bytes of numbers, so 10 million items fit in 2 GiB.
 
-    batches -> spill + numbers -> unique ids -> minus what is planned -> seconds -> order -> cut -> Plan
+    batches -> spill + numbers -> minus what is planned -> unique ids -> seconds -> order -> cut -> Plan
 
 Knows nothing of Ray, of the output, or of how rows are read.
 """
@@ -17,9 +17,10 @@ import numpy as np
 import pyarrow as pa
 
 from jobs.plan_facts import RowFacts, collect_rows
+from jobs.planned_items import BLOCK_ROWS, PlannedItems
 from jobs.sizing import Rate, estimate_audio_s, measure_rates
 from jobs.storage import DEFAULT_OPTIONS, StorageOptions
-from jobs.unique_ids import BLOCK_ROWS, Renamed, contains, make_unique
+from jobs.unique_ids import Renamed, find_new, make_unique
 from parakeet_core.errors import ConfigError
 
 SHARD_ITEMS = 20_000  # rows with words and times are about 1 KB each: a part of very short clips stays near 20 MB
@@ -64,7 +65,7 @@ class Plan:
         shard_audio: float64 [shards], longest first. shard_rows, shard_items: int64 [shards]; items count containers of
             unknown content as 0.
         items: items known; with `exact` False there are more, inside tars not opened.
-        already_planned: rows left out because an earlier generation holds their id.
+        already_planned: rows left out because an earlier generation holds them.
         duplicates: rows whose id was made unique.
         rates: how seconds were estimated.
         fingerprint: hex digest of the rows' numbers and of the cut.
@@ -108,7 +109,7 @@ class Plan:
 def plan_shards(
     batches: Iterable[pa.RecordBatch],
     options: PlanOptions = PlanOptions(),
-    planned: np.ndarray | None = None,
+    planned: PlannedItems | None = None,
     generation: int = 0,
 ) -> Plan:
     """Cut a stream of plan rows into shards.
@@ -118,12 +119,13 @@ def plan_shards(
 
     Args:
         batches: of `PLAN_SCHEMA`, e.g. `InputScan.batches()`.
-        planned: uint64 [P, 2], digests of the ids in earlier generations (`plan_store.planned_digests`).
+        planned: what earlier generations hold (`plan_store.planned_items`).
     """
     spill = tempfile.TemporaryDirectory(prefix="parakeet-plan-")
-    facts, codes, sampler = collect_rows(batches, spill.name)
-    renamed = make_unique(facts, spill.name)
-    fresh = np.ones(len(facts), bool) if planned is None else ~contains(planned, facts.digest)
+    planned = planned or PlannedItems()
+    facts, codes, sampler = collect_rows(batches, spill.name, planned)
+    fresh = find_new(facts, spill.name, planned)
+    renamed = make_unique(facts, fresh, spill.name, planned)
     rates = measure_rates(sampler, options.storage)
     facts.audio_s = estimate_audio_s(rates, codes, facts.size_bytes, facts.audio_s)
     del codes

@@ -26,7 +26,10 @@ class Receipt:
         wer: over rows with a reference; None without references.
         stage_seconds: step -> seconds of this run, summed over actors.
         model_idle_share: of the model actors' time in this run, 0 to 1.
+        shards, shards_done, shards_this_run: planned; committed; committed by this run.
         complete: every planned shard has its part.
+        fingerprint: of model and dtype.
+        accounted: the shards that the sums hold, as `resume.pack_shards` writes them.
     """
 
     items_in: int
@@ -47,6 +50,7 @@ class Receipt:
     stage_seconds: dict[str, float]
     model_idle_share: float | None
     shards: int
+    shards_done: int
     shards_this_run: int
     complete: bool
     max_error_rate: float
@@ -56,6 +60,8 @@ class Receipt:
     device: str
     input: str
     table: str
+    fingerprint: str
+    accounted: dict[str, str]
     started_at: str
     finished_at: str
     version: str
@@ -69,17 +75,6 @@ class Receipt:
 
     def write(self, output: Storage) -> None:
         output.write_atomic(RECEIPT_FILE, json.dumps(asdict(self), indent=1).encode())
-
-
-def receipt_is_complete(output: Storage, shards: int) -> bool:
-    """Whether the output holds the receipt of a complete job over so many shards."""
-    if not output.exists(RECEIPT_FILE):
-        return False
-    try:
-        found = json.loads(output.read_bytes(RECEIPT_FILE))
-        return bool(found["complete"]) and found["shards"] == shards
-    except (ValueError, KeyError, TypeError):
-        return False
 
 
 def summarise(receipt: Receipt, resume_hint: str) -> str:

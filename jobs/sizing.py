@@ -74,8 +74,13 @@ class KindSampler:
         self.kinds: list[str] = []
         self.samples: list[list[Sample]] = []
 
-    def add(self, batch: pa.RecordBatch, digests: np.ndarray) -> np.ndarray:
-        """Index into `kinds` of each row of a `PLAN_SCHEMA` batch; -1 where `audio_s` is known. int16 [N]."""
+    def add(self, batch: pa.RecordBatch, digests: np.ndarray, sampled: np.ndarray) -> np.ndarray:
+        """Index into `kinds` of each row of a `PLAN_SCHEMA` batch; -1 where `audio_s` is known. int16 [N].
+
+        Args:
+            digests: uint64 [N], of the ids.
+            sampled: bool [N], rows whose headers may be read.
+        """
         codes = np.full(len(batch), -1, np.int16)
         unknown = pc.is_null(batch["audio_s"]).to_numpy(zero_copy_only=False)
         if not unknown.any():
@@ -87,7 +92,8 @@ class KindSampler:
             rows = np.flatnonzero(unknown & (local == index))
             if len(rows):
                 codes[rows] = code = self._code(kind)
-                self._keep(code, batch, rows, digests)
+                if sampled[rows].any():
+                    self._keep(code, batch, rows[sampled[rows]], digests)
         return codes
 
     def _code(self, kind: str) -> int:

@@ -9,7 +9,8 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import IO
@@ -29,6 +30,7 @@ READ_TIMEOUT_S = 20  # between two packets, not for the whole body; a hung socke
 BODY_ATTEMPTS = 3  # botocore retries until the headers are there; a body that breaks off is fetched again by s3fs
 READ_BLOCK_BYTES = 8 << 20  # of `Storage.open`; s3fs would read 50 MiB ahead
 MAX_POOL_CONNECTIONS = 64  # botocore's default of 10 would queue the read-ahead threads of one worker behind each other
+LISTING_THREADS = 16  # ranges of one long listing at a time; a page of 1000 names takes 100-300 ms
 SINGLE_PUT_LIMIT = 5 * 2**30 - 1  # S3 refuses a larger put_object; parts and plan files are a few hundred MiB at most
 HIDDEN_PREFIX = ".tmp-"
 TEMPORARY_FOLDER = ".tmp"  # under the root: what a killed writer leaves must not lie among the files of a table
@@ -207,8 +209,12 @@ class Storage:
                 return open(self.path(name), "rb")
             return self.fs.open(self.path(name), "rb", block_size=READ_BLOCK_BYTES)
 
-    def list_names(self, folder: str = "") -> list[str]:
-        """Names of the files directly in `folder`, sorted; none if it does not exist, and no half-written ones."""
+    def list_names(self, folder: str = "", edges: Sequence[str] = ()) -> list[str]:
+        """Names of the files directly in `folder`, sorted; none if it does not exist, and no half-written ones.
+
+        Args:
+            edges: names, ascending, that cut a long listing of an object store into ranges listed at the same time.
+        """
         with storage_errors(self.source(folder), self.options):
             if self.is_local:
                 try:
@@ -218,7 +224,7 @@ class Storage:
                     return []
             elif self.scheme in S3_SCHEMES:
                 prefix = f"{self.path(folder)}/"
-                names = [key[len(prefix) :] for page in s3_pages(self.fs, prefix, "/") for key, _ in page]
+                names = [key[len(prefix) :] for key in s3_keys(self.fs, prefix, edges)]
             else:
                 try:
                     entries = self.fs.ls(self.path(folder), detail=True, refresh=True)
@@ -274,10 +280,34 @@ def read_object(fs: fsspec.AbstractFileSystem, path: str) -> bytes:
     return fs.cat_file(path)
 
 
-def s3_pages(fs: fsspec.AbstractFileSystem, prefix: str, delimiter: str = "") -> Iterator[list[tuple[str, int]]]:
-    """Pages of (`bucket/key`, size) under `bucket/prefix`, at most 1000 each, in key order, one at a time."""
+def s3_keys(fs: fsspec.AbstractFileSystem, prefix: str, edges: Sequence[str]) -> list[str]:
+    """`bucket/key` of all objects directly under `bucket/prefix/`, in key order, by ranges between `edges`."""
+
+    def keys(start: str, end: str | None) -> list[str]:
+        found = []
+        for page in s3_pages(fs, prefix, "/", start):
+            found += [key for key, _ in page if end is None or key <= prefix + end]
+            if len(found) and end is not None and page and page[-1][0] >= prefix + end:
+                break
+        return found
+
+    with ThreadPoolExecutor(LISTING_THREADS) as pool:
+        ranges = pool.map(keys, ["", *edges], [*edges, None])
+        return [key for found in ranges for key in found]
+
+
+def s3_pages(
+    fs: fsspec.AbstractFileSystem, prefix: str, delimiter: str = "", start: str = ""
+) -> Iterator[list[tuple[str, int]]]:
+    """Pages of (`bucket/key`, size) under `bucket/prefix`, at most 1000 each, in key order, one at a time.
+
+    Args:
+        start: only keys behind this one, which is relative to `prefix`.
+    """
     bucket, _, key_prefix = prefix.partition("/")
     arguments = {"Bucket": bucket, "Prefix": key_prefix, "Delimiter": delimiter}
+    if start:
+        arguments["StartAfter"] = key_prefix + start
     while True:
         page = fs.call_s3("list_objects_v2", **arguments)
         yield [(f"{bucket}/{entry['Key']}", entry["Size"]) for entry in page.get("Contents", ())]

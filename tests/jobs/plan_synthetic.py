@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from jobs.inputs import InputOptions, scan_input
 from jobs.listing import LISTING_SCHEMA
-from jobs.plan_store import list_generations, planned_digests, write_plan
+from jobs.plan_store import list_generations, planned_items, write_plan
 from jobs.planning import plan_shards
 from jobs.storage import Storage
 
@@ -74,7 +74,7 @@ def grow(storage: Storage, items: int) -> dict:
     """Plan the same listing again with 1 % more items."""
     begin = time.monotonic()
     options = InputOptions(tempfile.mkdtemp(), format="files")
-    known = planned_digests(storage)
+    known = planned_items(storage, list_generations(storage))
     with (
         scan_input(options, synthetic_listing(items + items // 100)) as scan,
         plan_shards(scan.batches(), planned=known, generation=1) as plan,

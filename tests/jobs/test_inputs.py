@@ -100,7 +100,7 @@ def test_manifest_lines_become_items(storage):
     assert rows[0] | {"source": ""} == {
         "id": "a.wav", "source": "", "layout": "file", "member": None, "row_group": None, "offset_s": None,
         "duration_s": None, "channel": None, "size_bytes": None, "audio_s": 3.5, "items": 1, "reference": "hello",
-        "extra": '{"speaker": "s1"}', "error_kind": None, "error_message": None,
+        "extra": '{"speaker": "s1"}', "error_kind": None, "error_message": None, "given_id": None,
     }  # fmt: skip
     assert (rows[1]["offset_s"], rows[1]["duration_s"], rows[1]["channel"]) == (1.25, 2.0, 0)
     assert rows[1]["source"] == storage.source("m/sub/b.wav")
@@ -144,7 +144,11 @@ def test_bad_manifest_lines_are_rows_and_the_rest_goes_on(tmp_path):
         **{name: kind for name, (kind, _) in BAD_LINES.items()},
         "bytes": "bad_record",
     }
-    assert [row["id"] for row in rows[1:-1]] == [f"m.jsonl#line{number}" for number in range(2, len(rows))]
+    assert all(row["id"].startswith("m.jsonl#bad-") for row in rows[1:-1])
+    (tmp_path / "m.jsonl").write_bytes(b'{"audio_filepath": "earlier.wav"}\n' + raw)
+    assert {row["id"] for row in rows_of(Storage(str(tmp_path)), "m.jsonl")} == {row["id"] for row in rows} | {
+        "earlier.wav"
+    }
     assert all(f"line {n}:" in row["error_message"] for n, row in enumerate(rows[1:-1], 2))
     assert all(len(row["error_message"]) < 400 for row in rows[1:-1])
 

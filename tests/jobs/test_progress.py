@@ -34,9 +34,9 @@ def make_receipt(**changes) -> Receipt:
         "errors_by_kind": {"truncated": 1},
         "hours_in": 1.0, "hours_done": 0.9, "hours_lost": 0.1, "hours_this_run": 0.9, "rtfx_end_to_end": 100.0,
         "wall_s": 32.4, "wer": 0.1, "reference_words": 50, "stage_seconds": {"model": 4.0}, "model_idle_share": 0.2,
-        "shards": 2, "shards_this_run": 2, "complete": True, "max_error_rate": 0.01, "model": "m",
+        "shards": 2, "shards_done": 2, "shards_this_run": 2, "complete": True, "max_error_rate": 0.01, "model": "m",
         "weights_sha256": "0", "dtype": "float32", "device": "cpu", "input": "in", "table": "out/transcripts",
-        "started_at": "", "finished_at": "", "version": "0",
+        "fingerprint": "0", "accounted": {}, "started_at": "", "finished_at": "", "version": "0",
     }  # fmt: skip
     return Receipt(**values | changes)
 

@@ -237,7 +237,7 @@ def test_manifest_lines_that_are_no_items_have_rows_too(tmp_path):
 
 
 def test_another_configuration_is_refused_with_both_fingerprints(finished, layouts):
-    with pytest.raises(ConfigError, match=r"found [0-9a-f]{10} .* this run is [0-9a-f]{10}"):
+    with pytest.raises(ConfigError, match=r"found [0-9a-f]{10} .* this run is [0-9a-f]{10} .* --new-version"):
         run(job_config(layouts["manifest"], finished, dtype="bfloat16"))
 
 
@@ -364,3 +364,28 @@ def test_one_input_under_two_spellings_is_one_input(layouts, tmp_path, monkeypat
     run(config)
     monkeypatch.chdir(layouts["files"].parent)
     assert run(dataclasses.replace(config, input=f"./{layouts['files'].name}/")).shards_this_run == 0
+
+
+def test_another_configuration_becomes_a_version_of_its_own_on_request(layouts, tmp_path):
+    config = job_config(layouts["manifest"], tmp_path / "out")
+    run(config)
+    before = part_bytes(tmp_path / "out")
+    other = dataclasses.replace(config, dtype="bfloat16", new_version=True)
+    receipt = run(other)
+    version = tmp_path / "out/versions" / receipt.fingerprint
+    assert (receipt.items_in, receipt.exit_code, receipt.dtype) == (12, 0, "bfloat16")
+    assert receipt.table == str(version / "transcripts")
+    assert [row["id"] for row in read_table(version)] == [row["id"] for row in read_table(tmp_path / "out")]
+    assert part_bytes(tmp_path / "out") == before  # still one table of one version
+    assert run(other).shards_this_run == 0
+    assert run(dataclasses.replace(config, new_version=True)).table == str(tmp_path / "out/transcripts")
+    with pytest.raises(ConfigError, match="one per input"):
+        run(dataclasses.replace(other, input=str(layouts["files"])))
+
+
+def test_parts_of_another_plan_are_refused(layouts, tmp_path):
+    """A plan folder that was removed and made again: its shards hold other items under the same numbers."""
+    run(job_config(layouts["files"], tmp_path / "out"))
+    shutil.rmtree(tmp_path / "out/plan")
+    with pytest.raises(ConfigError, match="not parts of this table"):
+        run(job_config(layouts["files"], tmp_path / "out", shard_audio_s=10))

@@ -1,0 +1,65 @@
+"""jobs/ownership.py, jobs/resume.py: of drivers that begin at once one goes on; what a receipt accounts for."""
+
+import json
+import threading
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jobs.ownership import JOB_FILE, JobIdentity, claim_output
+from jobs.plan_rows import plan_batch
+from jobs.plan_store import list_generations, write_plan
+from jobs.planning import PlanOptions, plan_shards
+from jobs.resume import pack_shards, unpack_shards
+from jobs.storage import Storage
+from parakeet_core.errors import ConfigError
+
+ROUNDS, DRIVERS = 4, 3
+
+
+@pytest.mark.parametrize("differing", ["plans", "models"])
+def test_of_drivers_that_begin_at_once_one_goes_on(storage, differing):
+    """Also on a server without conditional put, as the one of these tests: it lets all their writes through."""
+    outputs = [Storage(f"{storage.url}/{number}", storage.options) for number in range(ROUNDS)]
+    gates = [threading.Barrier(DRIVERS) for _ in outputs]
+    ended: list[list] = [[] for _ in outputs]
+
+    def begin(round_: int, driver: int) -> None:
+        limit_s = 10.0 + driver * (differing == "plans")
+        identity = JobIdentity(f"{driver * (differing == 'models')}", "float32", "m")
+        ids = [f"{number}" for number in range(50)]
+        with plan_shards(
+            [plan_batch("file", {"id": ids, "source": ids, "audio_s": [1.0] * 50, "items": [1] * 50})],
+            PlanOptions(shard_audio_s=limit_s),
+        ) as plan:
+            gates[round_].wait()
+            output = outputs[round_]
+            try:
+                generation = write_plan(output, plan)
+                if generation.fingerprint != plan.fingerprint:
+                    raise ConfigError("told by the plan")
+                claim_output(output, identity, [generation])
+                ended[round_].append((plan.fingerprint, identity.fingerprint))
+            except ConfigError:
+                ended[round_].append(None)
+
+    threads = [
+        threading.Thread(target=begin, args=(round_, driver)) for round_ in range(ROUNDS) for driver in range(DRIVERS)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for output, results in zip(outputs, ended, strict=True):
+        going = [result for result in results if result is not None]
+        assert len(results) == DRIVERS
+        assert len(going) == 1, results
+        assert [generation.fingerprint for generation in list_generations(output)] == [going[0][0]]
+        assert json.loads(output.read_bytes(JOB_FILE))["fingerprint"] == going[0][1]
+
+
+@given(st.sets(st.tuples(st.integers(0, 2), st.integers(0, 30), st.sampled_from(["aa", "bb"]))))
+def test_packed_shards_are_the_shards(shards):
+    names = {f"{generation:04d}-{number:06d}-{plan}" for generation, number, plan in shards}
+    assert unpack_shards(pack_shards(names)) == names
