@@ -19,6 +19,7 @@ from parakeet_core.audio import probe_audio
 from parakeet_core.errors import InputError
 
 SAMPLE_PER_KIND = 32  # speech files of one collection differ little: 32 give the mean length within about 15 %
+SAMPLED_CONTAINERS = 4  # of a container several items are probed
 PROBE_THREADS = 8
 PROBE_ITEMS = 16  # of one container
 PROBE_BYTES = 16 << 20  # of one container
@@ -126,7 +127,7 @@ def measure_rates(sampler: KindSampler, options: StorageOptions) -> list[Rate]:
     with ThreadPoolExecutor(PROBE_THREADS) as pool:
         rates = []
         for kind, samples in zip(sampler.kinds, sampler.samples, strict=True):
-            chosen = samples[:4] if kind in ("tar", "parquet") else samples  # of a container several items are probed
+            chosen = samples[:SAMPLED_CONTAINERS] if kind in ("tar", "parquet") else samples
             measured = [found for found in pool.map(lambda sample: _measure(reader, sample), chosen) if found]
             rates.append(_rate(kind, measured))
     return rates
