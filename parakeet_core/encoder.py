@@ -44,9 +44,12 @@ def shift_relative(scores: Tensor) -> Tensor:
     Returns:
         [B, H, U, U], sharing memory with `scores`; no element of it appears twice.
     """
-    frames = scores.shape[-2]
+    frames, step = scores.shape[-2], scores.shape[-1] - 1
+    if frames == 1:
+        return scores
     # From column U-1 of row 0 on, each row begins P-1 numbers after the one before: one column to its left.
-    return scores.flatten(-2)[..., frames - 1 :].unfold(-1, frames, max(scores.shape[-1] - 1, 1))
+    shifted = scores.flatten(-2)[..., frames - 1 : frames - 1 + frames * step]
+    return shifted.unflatten(-1, (frames, step))[..., :frames]
 
 
 class Subsampling(nn.Module):

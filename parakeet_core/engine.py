@@ -5,6 +5,7 @@ Shapes: `B` batch, `T` feature frames, `U` encoder frames, `M` mel bins. Knows n
 
 import copy
 import logging
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -27,6 +28,8 @@ CONTEXT_FRAMES = 1_024  # feature frames, 10 s: what it sees beyond, on each sid
 COLLAPSE_FRAMES = 100_000  # encoder frames collapsed together: some MB, and one long item does not pad all others
 CPU_BUDGET_FRAMES = 3_000  # cost of a batch; on a CPU small batches, whose states stay in the cache, beat large ones
 CUDA_BUDGET_FRAMES = 200_000  # about 2000 s of short items: enough rows to fill the matrix units of a large GPU
+BATCHES_AHEAD = 2  # on CUDA: one that runs and one that waits behind it, so that the device never waits for the host
+WARM_UP = ((499,), (499, 499, 499), (499, 499, 467))  # feature frames: one item, several, several with padding
 # Names in torch.cpu.get_capabilities() of instructions that multiply matrices of a dtype. Without them torch emulates:
 # measured on AVX2, 19 GFLOP/s in bfloat16 against 110 to 150 in float32.
 HALF_INSTRUCTIONS = {
@@ -48,6 +51,16 @@ class _Piece:
 
 
 @dataclass(frozen=True)
+class _Started:
+    """A batch given to the device: its results, on the host once `done` has come, or why it could not be run."""
+
+    members: list[_Piece]
+    frames: FrameScores | None = None
+    done: torch.cuda.Event | None = None  # None: they are there
+    error: InputError | None = None
+
+
+@dataclass(frozen=True)
 class _Part:
     """What the model says of a piece: ids and scores of its kept encoder frames, or why it could not be run."""
 
@@ -64,9 +77,11 @@ class Engine:
         checkpoint: its model is on the device and in the dtype to run in. On a CPU without instructions for that dtype
             the model runs in float32, with the weights as the dtype rounds them: 5 times faster, and more exact.
         budget_frames: greatest cost of a batch (see `batching`); by default one that suits the device.
+        compiled: whether the layers run as generated code, which takes a minute at the start of the first process of a
+            node; by default on CUDA only. On a CPU it would pay back after a hundred hours of audio.
     """
 
-    def __init__(self, checkpoint: Checkpoint, budget_frames: float | None = None):
+    def __init__(self, checkpoint: Checkpoint, budget_frames: float | None = None, compiled: bool | None = None):
         model, parameter = checkpoint.model, next(checkpoint.model.parameters())
         if parameter.device.type == "cpu" and not processor_multiplies(parameter.dtype):
             log.info("no %s instructions in this processor: the model runs in float32", parameter.dtype)
@@ -77,6 +92,15 @@ class Engine:
         self.model = model.prepare_inference()
         default = CPU_BUDGET_FRAMES if self.device.type == "cpu" else CUDA_BUDGET_FRAMES
         self.budget_frames = default if budget_frames is None else budget_frames
+        if compiled or (compiled is None and self.device.type == "cuda"):
+            self.model.compile_layers()
+            self.warm_up()
+
+    def warm_up(self) -> None:
+        """Run small batches of every kind, so that what is compiled is compiled before there is work."""
+        mels = self.config.encoder.n_mels
+        for lens in WARM_UP:
+            self.recognise([torch.zeros(frames, mels) for frames in lens], budget_frames=float("inf"))
 
     @torch.no_grad()
     def recognise(self, features: Sequence[Tensor], budget_frames: float | None = None) -> list[Tokens | InputError]:
@@ -89,9 +113,9 @@ class Engine:
         pieces = [piece for item, tensor in enumerate(features) for piece in self._pieces(item, tensor.shape[0])]
         parts: list[list[_Part]] = [[] for _ in features]
         lens = [piece.end - piece.start for piece in pieces]
-        for batch in plan_batches(lens, self.budget_frames if budget_frames is None else budget_frames):
-            for part in self._run(features, pieces, batch):
-                parts[part.piece.item].append(part)
+        batches = plan_batches(lens, self.budget_frames if budget_frames is None else budget_frames)
+        for part in self._run(features, pieces, batches):
+            parts[part.piece.item].append(part)
         return self._collapse(parts)
 
     def _pieces(self, item: int, frames: int) -> Iterator[_Piece]:
@@ -103,28 +127,40 @@ class Engine:
             end = min(start + WINDOW_FRAMES, frames)
             yield _Piece(item, max(start - CONTEXT_FRAMES, 0), min(end + CONTEXT_FRAMES, frames), start, end)
 
-    def _run(self, features: Sequence[Tensor], pieces: list[_Piece], batch: Batch) -> Iterator[_Part]:
-        """Ids and scores of each piece of a batch, on the host.
+    def _run(self, features: Sequence[Tensor], pieces: list[_Piece], batches: Sequence[Batch]) -> Iterator[_Part]:
+        """Parts of all batches; the host pads and sends a batch while the device computes those before it."""
+        started: deque[_Started] = deque()
+        for batch in batches:
+            started.extend(self._start(features, pieces, batch))
+            while len(started) > BATCHES_AHEAD:
+                yield from self._finish(started.popleft())
+        while started:
+            yield from self._finish(started.popleft())
 
-        A batch that does not fit the device's memory is halved until it does; a piece that does not is an error.
-        """
+    def _start(self, features: Sequence[Tensor], pieces: list[_Piece], batch: Batch) -> list[_Started]:
+        """Give a batch to the device; one that does not fit its memory is halved until it does."""
         members = [pieces[index] for index in batch.indices]
         try:
-            frames = self._score(features, members, batch.frames)
+            return [self._score(features, members, batch.frames)]
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
-            if len(members) == 1:
-                yield _Part(members[0], error=self._too_large(batch.frames))
-                return
-            middle = len(members) // 2
-            for half in (batch.indices[:middle], batch.indices[middle:]):
-                yield from self._run(features, pieces, Batch(half, batch.frames))
-            return
-        ids, scores = frames.ids.cpu(), frames.scores.cpu()
-        for row, piece in enumerate(members):
+        if len(members) == 1:
+            return [_Started(members, error=self._too_large(batch.frames))]
+        log.warning("a batch of %d x %d frames does not fit %s: halved", len(members), batch.frames, self.device)
+        middle = len(members) // 2
+        halves = [Batch(half, batch.frames) for half in (batch.indices[:middle], batch.indices[middle:])]
+        return [started for half in halves for started in self._start(features, pieces, half)]
+
+    def _finish(self, started: _Started) -> Iterator[_Part]:
+        if started.done is not None:
+            started.done.synchronize()
+        for row, piece in enumerate(started.members):
+            if started.error is not None:
+                yield _Part(piece, error=started.error)
+                continue
             first = self.config.encoder.subsample(piece.kept_start - piece.start)
             last = self.config.encoder.subsample(piece.kept_end - piece.start)
-            yield _Part(piece, ids[row, first:last], scores[row, first:last])
+            yield _Part(piece, started.frames.ids[row, first:last], started.frames.scores[row, first:last])
 
     def _too_large(self, frames: int) -> InputError:
         seconds = frames * self.config.frontend.frame_s
@@ -134,13 +170,27 @@ class Engine:
             "give the item as shorter segments",
         )
 
-    def _score(self, features: Sequence[Tensor], members: list[_Piece], frames: int) -> FrameScores:
-        padded = torch.zeros(len(members), frames, self.config.encoder.n_mels, dtype=self.dtype)
+    def _score(self, features: Sequence[Tensor], members: list[_Piece], frames: int) -> _Started:
+        """Ids and posteriors of a batch; on CUDA without waiting for them.
+
+        Copies go in order with the work, on its stream: a second of audio is 16 kB of features, under a microsecond of
+        the link, where the model takes some 50. From pinned memory they go while the host continues.
+        """
+        on_cuda = self.device.type == "cuda"
+        padded = torch.zeros(len(members), frames, self.config.encoder.n_mels, dtype=self.dtype, pin_memory=on_cuda)
         for row, piece in zip(padded, members, strict=True):
             row[: piece.end - piece.start] = features[piece.item][piece.start : piece.end]
-        lens = torch.tensor([piece.end - piece.start for piece in members])
-        logits, out_lens = self.model(padded.to(self.device), lens.to(self.device), bool((lens < frames).any()))
-        return score_frames(logits, out_lens, self.config.blank_id)
+        lens = torch.tensor([piece.end - piece.start for piece in members], pin_memory=on_cuda)
+        shorter = bool((lens < frames).any())
+        padded, lens = padded.to(self.device, non_blocking=True), lens.to(self.device, non_blocking=True)
+        logits, out_lens = self.model(padded, lens, shorter)
+        scored = score_frames(logits, out_lens, self.config.blank_id)
+        if not on_cuda:
+            return _Started(members, scored)
+        host = FrameScores(*(_send_to_host(tensor) for tensor in (scored.ids, scored.scores, scored.lens)))
+        done = torch.cuda.Event()
+        done.record()
+        return _Started(members, host, done)
 
     def _collapse(self, parts: list[list[_Part]]) -> list[Tokens | InputError]:
         """Join each item's pieces frame by frame, then collapse items of similar length together."""
@@ -164,6 +214,11 @@ class Engine:
             for item, tokens in zip(batch.indices, unpack_tokens(FrameScores(ids, scores, lens), blank), strict=True):
                 results[item] = results[item] or tokens
         return results
+
+
+def _send_to_host(tensor: Tensor) -> Tensor:
+    """A copy in pinned memory, which is whole once the stream has come to it."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
 
 
 def processor_multiplies(dtype: torch.dtype) -> bool:

@@ -74,14 +74,26 @@ class InferenceModel(nn.Module):
             padded = bool((lens < features.shape[1]).any())
         states = self.subsampling(features, lens if padded else None)
         padding = Padding.of(out_lens, states.shape[1], states.dtype) if padded else None
+        self.reserve_positions(states.shape[1])
         for layer in self.layers:
-            states = layer(states, padding)
+            states = layer(states, layer.attention.position_window(states.shape[1]), padding)
         return self.head(states), out_lens
 
     def reserve_positions(self, frames: int) -> None:
         """Make position tables for batches of up to `frames` encoder frames, before a graph is captured or compiled."""
         for layer in self.layers:
             layer.attention.reserve(frames)
+
+    def compile_layers(self, backend: str = "inductor") -> None:
+        """Have each layer run as generated code, which `torch.compile` writes on the first batches.
+
+        The code is of a layer, for any number of items and frames: all layers share it, where a graph of the whole
+        model would take `n_layers` times as long to compile, again for each shape. Six forms exist: for one item, for
+        several, and for several with padding, each for the first layer, whose input is a view, and for the others. What
+        is generated stays in the node's cache (`TORCHINDUCTOR_CACHE_DIR`) for the processes that come after.
+        """
+        for layer in self.layers:
+            layer.compile(backend=backend, dynamic=True)
 
 
 class TiledSubsampling(nn.Module):
@@ -173,6 +185,13 @@ class Padding(NamedTuple):
         return cls(valid[:, :, None].to(dtype), key_bias[:, None, None])
 
 
+class Positions(NamedTuple):
+    """A layer's tables over the distances of one batch. Arguments, not state, so that compiled code takes any size."""
+
+    projected: Tensor  # [H, K, P]
+    scores: Tensor  # [H, 1, P]
+
+
 class FusedLayer(nn.Module):
     """`ConformerLayer` with its constants folded."""
 
@@ -184,9 +203,9 @@ class FusedLayer(nn.Module):
         self.norm_feed_forward2, self.feed_forward2 = plain.norm_feed_forward2, FusedFeedForward(plain.feed_forward2)
         self.norm_out = plain.norm_out
 
-    def forward(self, states: Tensor, padding: Padding | None) -> Tensor:
+    def forward(self, states: Tensor, positions: Positions, padding: Padding | None) -> Tensor:
         states = states + self.feed_forward1(self.norm_feed_forward1(states))
-        states = states + self.attention(self.norm_attention(states), padding)
+        states = states + self.attention(self.norm_attention(states), positions, padding)
         states = states + self.convolution(self.norm_convolution(states), padding)
         states = states + self.feed_forward2(self.norm_feed_forward2(states))
         return self.norm_out(states)
@@ -223,21 +242,24 @@ class FusedAttention(nn.Module):
         self.register_buffer("positions", empty, persistent=False)  # [H, K, P of the longest batch so far]
         self.register_buffer("position_scores", empty, persistent=False)  # [H, 1, P]
 
-    def forward(self, states: Tensor, padding: Padding | None) -> Tensor:
+    def forward(self, states: Tensor, positions: Positions, padding: Padding | None) -> Tensor:
         batch, frames = states.shape[:2]
-        self.reserve(frames)
-        centre = self.positions.shape[-1] // 2  # distance 0
-        window = slice(centre - frames + 1, centre + frames)
         qkv = self.qkv(states).unflatten(-1, (3, self.n_heads, self.d_head))  # [B, U, 3, H, K]
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # [B, H, U, K] each
         # One product per head over all items' queries: with items in front, positions would be copied for each item.
         queries = qkv[:, :, 0].flatten(0, 1).transpose(0, 1)  # [H, B * U, K]
-        by_distance = torch.baddbmm(self.position_scores[..., window], queries, self.positions[..., window])
+        by_distance = torch.baddbmm(positions.scores, queries, positions.projected)
         scores = shift_relative(by_distance.unflatten(1, (batch, frames))).transpose(0, 1)  # [B, H, U, U]
         if padding is not None:
             scores = scores + padding.key_bias
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=scores, scale=1.0)
         return self.out(out.transpose(1, 2).flatten(2))
+
+    def position_window(self, frames: int) -> Positions:
+        """Tables of the distances of `frames` encoder frames, which `reserve` has made."""
+        centre = self.positions.shape[-1] // 2  # distance 0
+        window = slice(centre - frames + 1, centre + frames)
+        return Positions(self.positions[..., window], self.position_scores[..., window])
 
     def reserve(self, frames: int) -> None:
         """Extend the position tables to distances of `frames` encoder frames, if they are shorter."""

@@ -1,6 +1,6 @@
 """The whole job against a plain loop and against transformers, over real speech, in one run.
 
-    python tests/bench/bench_job.py [--quick] [--repeat N]
+    python tests/bench/bench_job.py [--quick] [--repeat N] [--shard-audio-s SECONDS]
 
 Prints, for the same clips and the same small model in float32: the job with and without Ray's start-up, our own
 `Transcriber` in one process, a script of transformers' extractor and `generate` at its best batch size; then where the
@@ -30,6 +30,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a tenth of the clips")
     parser.add_argument("--repeat", type=int, default=1, help="times that each clip is listed")
     parser.add_argument("--only-job", action="store_true", help="no comparison, e.g. for memory with --repeat 10")
+    parser.add_argument("--shard-audio-s", type=float, help="as the job's: memory is compared at one size of shards")
     options = parser.parse_args()
     lines = (SPEECH / "librispeech-dev-clean.jsonl").read_text(encoding="utf-8").splitlines()
     records = [json.loads(line) for line in lines][:: 10 if options.quick else 1]
@@ -41,7 +42,7 @@ def main() -> None:
     if not options.only_job:
         paths = [record["audio_filepath"] for record in records]
         rows = [("plain loop of Transcriber", plain_loop_s(paths)), transformers_row(paths)]
-    job, memory = job_run(records, options.repeat)
+    job, memory = job_run(records, options.repeat, options.shard_audio_s)
     audio_s *= options.repeat
     rows += [("job, without start-up", job["steady_s"]), ("job, whole command", job["command_s"])]
     loop_s = rows[0][1]
@@ -84,7 +85,7 @@ def transformers_row(paths: list[str]) -> tuple[str, float]:
     return f"transformers, batch {best}", run(paths, best)
 
 
-def job_run(records: list[dict], repeat: int) -> tuple[dict, dict[str, int]]:
+def job_run(records: list[dict], repeat: int, shard_audio_s: float | None) -> tuple[dict, dict[str, int]]:
     """The job as a command of its own; its receipt with seconds added, and peak memory by kind of process."""
     with tempfile.TemporaryDirectory() as folder:
         manifest, output = Path(folder, "items.jsonl"), Path(folder, "out")
@@ -94,6 +95,8 @@ def job_run(records: list[dict], repeat: int) -> tuple[dict, dict[str, int]]:
                     identity = f"{number}/{Path(record['audio_filepath']).stem}"
                     file.write(json.dumps(record | {"id": identity}) + "\n")
         command = [sys.executable, "-m", "jobs.transcribe", "--input", str(manifest), "--output", str(output)]
+        if shard_audio_s is not None:
+            command += ["--shard-audio-s", str(shard_audio_s)]
         start = time.perf_counter()
         process = subprocess.Popen([*command, "--model", str(TINY_CHECKPOINT)], start_new_session=True)
         peaks: dict[str, int] = {}

@@ -3,9 +3,13 @@
 The backend traces and differentiates but generates no code, which would take minutes.
 """
 
+import copy
+
 import pytest
 import torch
 from small_models import random_features, relative_error, small_model
+
+from parakeet_core.engine import WARM_UP
 
 BACKEND = "aot_eager"
 EXACT = 1e-5  # relative: the backends here run the same operations; their order within a fused one may differ
@@ -14,6 +18,7 @@ EXACT = 1e-5  # relative: the backends here run the same operations; their order
 @pytest.fixture(autouse=True)
 def _fresh_compiler():
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     yield
     torch._dynamo.reset()
 
@@ -41,6 +46,18 @@ def test_inference_form(padded):
     model.reserve_positions(32)
     compiled = torch.compile(model, fullgraph=True, backend=BACKEND)
     assert_same(compiled, model, [[64, 40]] if padded else [[64, 64]], padded)
+
+
+def test_layers_for_any_shape():
+    """After the engine's warm-up no batch is compiled for, whatever its items and frames."""
+    model = small_model(n_layers=2).prepare_inference()
+    compiled = copy.deepcopy(model)
+    compiled.compile_layers(backend=BACKEND)
+    assert_same(compiled, model, WARM_UP)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert 0 < graphs <= 6
+    assert_same(compiled, model, [[201], [64, 64], [700, 640, 633, 99], [81, 80, 79, 78, 77, 9], [5200, 4100]])
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
 
 
 def test_gradients_of_a_training_step():
