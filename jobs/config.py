@@ -113,9 +113,11 @@ class TranscribeConfig(InputConfig):
     new_version: bool = False
     """If the output belongs to another model or dtype, write into OUTPUT/versions/<fingerprint>/ beside its table."""
     retry_errors: bool = False
-    """Compute again the shards that hold errors which may pass: missing or forbidden objects, failing storage."""
+    """Compute again the shards that hold errors which may pass: missing or forbidden objects, failing storage, decoders
+    that crashed or met their limits."""
     max_error_rate: float = 0.01
-    """Share of items that may end as error rows before the job exits with 3."""
+    """Share of items that may end as error rows before the job exits with 3. Of crawled audio about 1 % is bad; more is
+    rather a wrong path, format or credential, which somebody should look at."""
     feature_actors: PoolOption | None = None
     """CPU actors that read, decode and compute features; default from the cluster's CPUs."""
     model_actors: PoolOption | None = None

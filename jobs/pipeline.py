@@ -15,7 +15,7 @@ import ray.data
 
 from jobs.config import PoolSize, TranscribeConfig
 from jobs.models import ModelReference
-from jobs.stages import ChainedStages, CommitShards, PrepareShards, RecogniseShards
+from jobs.stages import TASKS_PER_ACTOR, ChainedStages, CommitShards, PrepareShards, RecogniseShards
 from jobs.storage import Storage, StorageOptions
 from parakeet_core.audio import DEFAULT_MAX_DURATION_S
 from parakeet_core.errors import ConfigError
@@ -30,7 +30,10 @@ MODELS_PER_COMMIT_ACTOR = 8  # text and Parquet of one shard take about 1 % of t
 PROCESS_BYTES = 600 << 20  # a worker with torch, pyarrow and soundfile loaded; measured 450 MiB
 READ_AHEAD_BYTES = 256 << 20  # encoded bytes that a feature actor may hold (reading.ReadLimits)
 FEATURE_COPIES = 4  # of a shard's features at a time: rows, table, packed block, and Ray's copy of it; measured 3 + 1
-LOST_WORKER_RETRIES = 5  # of one shard: a spot node takes few shards twice, a file that kills its decoder takes all
+# Of one shard; the second of two budgets. An item that ends its worker costs one of these, and with the next try it is
+# a row of the first budget, --max-error-rate (isolation.py). The others are for what no item is to blame for: spot
+# nodes take few shards twice, and a shard that lost six workers meets what stays: too little memory, a defect.
+LOST_WORKER_RETRIES = 5
 FEATURE_BYTES_PER_S = 80 * 100 * 4  # float32, 80 mel bins: the larger of the two feature types
 BLOCK_BYTES_LIMIT = 1 << 30  # above the largest shard's features, so that Ray does not count a shard as several blocks
 
@@ -179,5 +182,7 @@ def _pool(size: PoolSize, cpus: float, memory: int) -> dict:
         "num_cpus": cpus,
         "memory": memory,
         "max_task_retries": LOST_WORKER_RETRIES,
-        "compute": ray.data.ActorPoolStrategy(min_size=size[0], max_size=size[1], max_tasks_in_flight_per_actor=2),
+        "compute": ray.data.ActorPoolStrategy(
+            min_size=size[0], max_size=size[1], max_tasks_in_flight_per_actor=TASKS_PER_ACTOR
+        ),
     }

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 from jobs.reading_containers import read_container
 from jobs.sources import SourceReader
 from jobs.storage import StorageOptions
-from parakeet_core.audio import probe_audio
+from parakeet_core.audio_isolated import IsolatedDecoder
 from parakeet_core.errors import InputError
 
 SAMPLE_PER_KIND = 32  # speech files of one collection differ little: 32 give the mean length within about 15 %
@@ -122,49 +122,55 @@ def kinds_of(batch: pa.RecordBatch) -> pa.Array:
 
 
 def measure_rates(sampler: KindSampler, options: StorageOptions) -> list[Rate]:
-    """The rate of each kind, in the order of `sampler.kinds`, from the headers of its samples."""
+    """The rate of each kind, in the order of `sampler.kinds`, from the headers of its samples.
+
+    Headers are read by a process of their own, as one that crashes its decoder must not end the planning.
+    """
     reader = SourceReader(options)
-    with ThreadPoolExecutor(PROBE_THREADS) as pool:
+    if not sampler.kinds:
+        return []
+    with ThreadPoolExecutor(PROBE_THREADS) as pool, IsolatedDecoder() as decoder:
         rates = []
         for kind, samples in zip(sampler.kinds, sampler.samples, strict=True):
             chosen = samples[:SAMPLED_CONTAINERS] if kind in ("tar", "parquet") else samples
-            measured = [found for found in pool.map(lambda sample: _measure(reader, sample), chosen) if found]
+            found = pool.map(lambda sample: _measure(reader, decoder, sample), chosen)
+            measured = [facts for facts in found if facts]
             rates.append(_rate(kind, measured))
     return rates
 
 
-def _measure(reader: SourceReader, sample: Sample) -> tuple[float, float, int] | None:
+def _measure(reader: SourceReader, decoder: IsolatedDecoder, sample: Sample) -> tuple[float, float, int] | None:
     """(bytes, seconds, items) of one sample; None if its headers give no length or cannot be read."""
     try:
         if sample.layout != "file":
-            return probe_container(reader, sample.layout, sample.source, sample.row_group)
+            return _probe_container(reader, decoder, sample)
         if (sample.size_bytes or 0) > MAX_PROBE_BYTES and not sample.source.lower().endswith((".wav", ".flac")):
             return None
         with reader.open(sample.source) as file:
-            seconds = probe_audio(file).duration_s
+            file.read(1)  # fills its first block, most files' only one, while the decoder has other headers
+            seconds = decoder.probe(file).duration_s
         # ADTS, and FLAC that was written to a pipe, do not say how long they are.
         return None if seconds is None else (float(sample.size_bytes or 0), seconds, 1)
     except InputError:
         return None
 
 
-def probe_container(
-    reader: SourceReader, layout: str, source: str, row_group: int | None
-) -> tuple[float, float, int] | None:
+def _probe_container(reader: SourceReader, decoder: IsolatedDecoder, sample: Sample) -> tuple[float, float, int] | None:
     """(bytes, seconds, items) of the first items of a container; None if none can be probed."""
-    row = {"id": "probe#0", "layout": layout, "source": source, "row_group": row_group, "items": PROBE_ITEMS}
+    row = {"id": "probe#0", "layout": sample.layout, "source": sample.source}
+    row |= {"row_group": sample.row_group, "items": PROBE_ITEMS}
     size, seconds, items = 0.0, 0.0, 0
     for item in islice(read_container(row, reader), PROBE_ITEMS):
         if not isinstance(item.payload, bytes):
             continue
         try:
-            duration_s = probe_audio(item.payload).duration_s
+            duration_s = decoder.probe(item.payload).duration_s
         except InputError:
             continue  # it becomes an error row when it is read; here only its length is missing
         if duration_s is None:
             continue
         seconds += duration_s
-        size += len(item.payload) + (tarfile.BLOCKSIZE if layout == "tar" else 0)
+        size += len(item.payload) + (tarfile.BLOCKSIZE if sample.layout == "tar" else 0)
         items += 1
         if size > PROBE_BYTES:
             break

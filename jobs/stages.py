@@ -19,17 +19,17 @@ import pyarrow as pa
 import ray
 import torch
 
+from jobs.isolation import ShardDecoder, was_restarted
 from jobs.models import ModelReference
 from jobs.parts import commit_part, part_name
 from jobs.plan_store import read_shard
 from jobs.reading import ReadItem, SourceFile, read_items
 from jobs.schema import TRANSCRIPT_SCHEMA, part_facts, part_metadata, round_words, word_error_rate
 from jobs.storage import Storage, StorageOptions
-from parakeet_core.audio import load_audio
 from parakeet_core.config import FrontendConfig
 from parakeet_core.decoding import Tokens, group_words
 from parakeet_core.engine import Engine
-from parakeet_core.errors import ErrorKind, InputError
+from parakeet_core.errors import ErrorKind, InputError, WorkerError
 from parakeet_core.features import LogMelFrontend
 from parakeet_core.tokenizer import Tokenizer
 
@@ -60,6 +60,7 @@ TOKEN_FIELDS = [
     pa.field("blank_ratio", pa.float32()),
 ]
 RECOGNISED_SCHEMA = pa.schema([*ITEM_FIELDS, *TOKEN_FIELDS])
+TASKS_PER_ACTOR = 2  # one shard at work and one waiting, so that no actor waits; both are lost with it
 STAGES = ("storage", "decode", "features", "model", "write")
 
 
@@ -153,12 +154,14 @@ class PrepareShards:
         self.output, self.storage = output, storage
         self.frontend = LogMelFrontend(frontend)
         self.dtype = np.dtype(feature_dtype)
+        self.decoder = ShardDecoder(careful_shards=TASKS_PER_ACTOR if was_restarted() else 0)
 
     def __call__(self, block: pa.Table) -> pa.Table:
         task = block.slice(0, 1).to_pylist()[0]
         clock = StageClock(feature_worker=worker_name(), feature_worker_again=started_again())
         rows = clock.timed("storage", read_shard, self.output, task["plan_file"], task["row_group"])
-        prepared = [self._prepare(item, clock) for item in self._items(rows, clock)]
+        with self.decoder.shard():
+            prepared = [self._prepare(item, clock) for item in self._items(rows, clock)]
         if task["items"] and len(prepared) != task["items"]:
             raise RuntimeError(f"shard {task['shard']}: {len(prepared)} rows for {task['items']} planned items")
         columns = {field.name: [row.get(field.name) for row in prepared] for field in PREPARED_SCHEMA}
@@ -176,6 +179,8 @@ class PrepareShards:
             return row | self._prepared_columns(item, clock)
         except InputError as error:
             return row | {"error_kind": str(error.kind), "error_message": error.message}
+        except WorkerError:
+            raise  # nothing can be decoded here, whatever the item is
         except Exception as error:  # noqa: BLE001 - a defect met by one item must not end a job of a million others
             message = f"{type(error).__name__}: {error}; please report this with the item"
             return row | {"error_kind": str(ErrorKind.UNEXPECTED), "error_message": message}
@@ -195,7 +200,7 @@ class PrepareShards:
 
     def _decode(self, item: ReadItem):
         try:
-            return load_audio(
+            return self.decoder.load(
                 item.payload,
                 self.frontend.config.sample_rate_hz,
                 offset_s=item.offset_s or 0.0,

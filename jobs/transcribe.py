@@ -126,8 +126,8 @@ def _transcribe(state: Run, todo: pa.Table, cluster: dict[str, float]) -> Receip
         committed_shards(state.output, state.fingerprint, set(state.shards["shard"].to_pylist()))
     except ray.exceptions.RayActorError as error:
         raise JobStoppedError(
-            f"workers were lost more than {LOST_WORKER_RETRIES} times on one shard, by nodes that went, too little "
-            f"memory, or an item that ends its decoder ({root_cause(error)}); {RESUME_HINT}"
+            f"workers were lost more than {LOST_WORKER_RETRIES} times on one shard, by nodes that went or too little "
+            f"memory ({root_cause(error)}); {RESUME_HINT}"
         ) from error
     except (ray.exceptions.RayError, InputError) as error:
         raise JobStoppedError(f"{scrub(root_cause(error), state.output.options)}; {RESUME_HINT}") from error

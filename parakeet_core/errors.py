@@ -3,6 +3,7 @@
     ParakeetError
     ├── CheckpointError   the checkpoint cannot be used; stops a job before any work
     ├── ConfigError       an option or a combination of options cannot be used; stops a job before any work
+    ├── WorkerError       this machine or process cannot go on; stops a job in the middle, a rerun resumes
     └── InputError        one item cannot be transcribed; becomes that item's row, under its `kind`
 
 Third-party exceptions are mapped at one boundary each (`audio.py`, `checkpoint.py`, `tokenizer.py`), with `from`.
@@ -33,11 +34,13 @@ class ErrorKind(StrEnum):
     MISSING_OBJECT = "missing_object"  # the listing or manifest names it, the storage does not have it
     FORBIDDEN = "forbidden"  # the storage refuses to give it
     STORAGE = "storage"  # the storage failed after all retries
-    DECODER_CRASH = "decoder_crash"  # decoding ended, hung or exhausted its process
+    DECODER_CRASH = "decoder_crash"  # decoding crashed, hung or took more memory than the limit, in a new process
     OUT_OF_MEMORY = "out_of_memory"  # the item alone does not fit the device
     UNEXPECTED = "unexpected"  # a defect of this program that the item met; the message names it
 
 
+# DECODER_CRASH is among them because a machine that stands still or is full can meet the limits of time and memory with
+# a good item, and because another version of the decoder may not crash. A retry costs the limit, and one shard.
 RETRYABLE_KINDS = frozenset(
     {ErrorKind.MISSING_OBJECT, ErrorKind.FORBIDDEN, ErrorKind.STORAGE, ErrorKind.DECODER_CRASH, ErrorKind.OUT_OF_MEMORY}
 )
@@ -53,6 +56,10 @@ class CheckpointError(ParakeetError):
 
 class ConfigError(ParakeetError):
     """An option, or a combination of options, cannot be used."""
+
+
+class WorkerError(ParakeetError):
+    """This machine or process cannot work, whatever the item is."""
 
 
 class InputError(ParakeetError):

@@ -16,10 +16,11 @@ WAIT_S = 240  # a run takes some 20 s on two free cores
 class JobProcess:
     """`python -m jobs.transcribe` in a session of its own, so that everything it starts can be found and ended."""
 
-    def __init__(self, source: Path, output: Path, *options: str):
+    def __init__(self, source: Path, output: Path, *options: str, variables: dict[str, str] | None = None):
         command = [sys.executable, "-m", "jobs.transcribe", "--input", str(source), "--output", str(output)]
         command += ["--model", str(TINY_EN), "--device", "cpu", *options]
         environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+        environment |= variables or {}
         self.output = output
         self.process = subprocess.Popen(
             command,
@@ -84,9 +85,9 @@ class JobProcess:
         return self.process.returncode, printed
 
 
-def run_job(source: Path, output: Path, *options: str) -> tuple[int, str]:
-    """Run the job to its end."""
-    return JobProcess(source, output, *options).finish()
+def run_job(source: Path, output: Path, *options: str, variables: dict[str, str] | None = None) -> tuple[int, str]:
+    """Run the job to its end, with further environment variables."""
+    return JobProcess(source, output, *options, variables=variables).finish()
 
 
 def write_manifest(path: Path, repeats: int) -> int:
