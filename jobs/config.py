@@ -3,12 +3,14 @@
 import os
 from dataclasses import dataclass
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
 import tyro
 
+from jobs.connections import StorageOptions
 from jobs.inputs import InputOptions
 from jobs.planning import PlanOptions
-from jobs.storage import StorageOptions
+from jobs.retrying import PATIENCE_S
 from parakeet_core.errors import ConfigError
 
 PoolSize = tuple[int, int]  # fewest and most actors
@@ -50,6 +52,8 @@ class InputConfig:
     """Default AWS_REGION."""
     s3_anonymous: bool = False
     """Unsigned requests, for public buckets."""
+    storage_patience_s: float = PATIENCE_S
+    """Seconds for which failing storage is tried again before an item becomes an error row or the job stops."""
     allow_local_paths: bool = False
     """Let a manifest in an object store name local files."""
     allow_http: bool = False
@@ -68,6 +72,10 @@ class InputConfig:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ConfigError(f"--{name.replace('_', '-')} {value}: expected more than 0")
+        if not self.storage_patience_s >= 0:
+            raise ConfigError(f"--storage-patience-s {self.storage_patience_s}: expected 0 or more")
+        if "@" in urlsplit(self.storage().endpoint_url or "").netloc:  # it would stand in every error of botocore
+            raise ConfigError("the S3 endpoint holds a user or password; credentials come from AWS_* variables only")
         self.planning(), self.reading()  # their own checks
 
     def storage(self) -> StorageOptions:
@@ -81,6 +89,7 @@ class InputConfig:
             secret=os.environ.get("AWS_SECRET_ACCESS_KEY"),
             token=os.environ.get("AWS_SESSION_TOKEN"),
             anonymous=self.s3_anonymous,
+            patience_s=self.storage_patience_s,
         )
 
     def reading(self) -> InputOptions:
@@ -92,8 +101,9 @@ class InputConfig:
             storage=self.storage(),
         )
 
-    def planning(self) -> PlanOptions:
-        return PlanOptions(shard_audio_s=self.shard_audio_s, storage=self.storage())
+    def planning(self, sources: StorageOptions | None = None) -> PlanOptions:
+        """How to cut shards; `sources` if they are reached otherwise than by `storage()`."""
+        return PlanOptions(shard_audio_s=self.shard_audio_s, storage=sources or self.storage())
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,14 +9,16 @@ import ssl
 import string
 import urllib.error
 import urllib.request
+from functools import partial
 from urllib.parse import quote, urlsplit
 
+from jobs.connections import READ_TIMEOUT_S, scrub
+from jobs.retrying import PATIENCE_S, retry_budget
 from jobs.source_rules import check_host, is_public
-from jobs.storage import CONNECT_TIMEOUT_S, scrub
 from parakeet_core.errors import ErrorKind, InputError
 
 MAX_BODY_BYTES = 2 << 30  # held in memory; more than any single recording should be
-HTTP_TIMEOUT_S = max(30, CONNECT_TIMEOUT_S)
+HTTP_TIMEOUT_S = max(30, READ_TIMEOUT_S)  # of a socket call; web servers make some files only when asked
 
 
 class _PublicPeer:
@@ -48,16 +50,15 @@ class _HTTPSHandler(urllib.request.HTTPSHandler):
         return self.do_open(_HTTPSConnection, request, context=ssl.create_default_context())
 
 
-def fetch_http(url: str) -> bytes:
-    """The body of `url`.
+def fetch_http(url: str, patience_s: float = PATIENCE_S) -> bytes:
+    """The body of `url`, whole. Failures that may pass are tried again for `patience_s`.
 
     Raises:
         InputError: BAD_RECORD (private address, not a URL), MISSING_OBJECT, FORBIDDEN, STORAGE or TOO_LONG.
     """
     check_host(url)
     try:
-        with _opener().open(_quoted(url), timeout=HTTP_TIMEOUT_S) as response:
-            body = response.read(MAX_BODY_BYTES + 1)
+        body = retry_budget(url).run(partial(_get, url), patience_s)
     except urllib.error.HTTPError as error:
         kinds = {401: ErrorKind.FORBIDDEN, 403: ErrorKind.FORBIDDEN, 404: ErrorKind.MISSING_OBJECT}
         kind = kinds.get(error.code, ErrorKind.STORAGE)
@@ -71,6 +72,14 @@ def fetch_http(url: str) -> bytes:
         raise InputError(
             ErrorKind.TOO_LONG, f"{scrub(url)}: the body is over {MAX_BODY_BYTES} bytes; copy it to a store"
         )
+    return body
+
+
+def _get(url: str) -> bytes:
+    with _opener().open(_quoted(url), timeout=HTTP_TIMEOUT_S) as response:
+        body = response.read(MAX_BODY_BYTES + 1)
+        if response.length and len(body) <= MAX_BODY_BYTES:  # bytes still to come: a sized read ends early in silence
+            raise http.client.IncompleteRead(b"", response.length)
     return body
 
 

@@ -11,17 +11,18 @@ Knows nothing of shards. Nothing here holds a Python object per file: the listin
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from jobs.connections import DEFAULT_OPTIONS, StorageOptions, scrub
 from jobs.inputs_containers import parquet_rows, tar_rows
 from jobs.inputs_manifest import manifest_rows
 from jobs.listing import LISTING_SCHEMA, hidden_files, list_files, resolve_input
 from jobs.plan_rows import PLAN_SCHEMA, plan_batch
 from jobs.source_rules import SourceRules
-from jobs.storage import DEFAULT_OPTIONS, Storage, StorageOptions, scrub
+from jobs.storage import Storage
 from parakeet_core.errors import ConfigError, InputError
 
 AUDIO_EXTENSIONS = frozenset(
@@ -79,7 +80,10 @@ class ListingCounts:
 
 @dataclass
 class InputScan:
-    """An input whose layout is known: what was chosen and why, what is left out, and its plan rows on demand."""
+    """An input whose layout is known: what was chosen and why, what is left out, and its plan rows on demand.
+
+    `storage` reaches the sources of the rows that have been taken: it learns signed URLs while manifests are read.
+    """
 
     format: str
     reason: str
@@ -123,6 +127,7 @@ def scan_input(options: InputOptions, listing: Iterator[pa.RecordBatch] | None =
     except InputError as error:
         raise ConfigError(f"the input cannot be listed: {error.message}") from error
     chosen, reason = choose_format(options, counts, name)
+    sources = replace(options.storage, signed_urls={})
     extensions = _extensions_of(chosen, named=name is not None)
     rules = SourceRules.of(storage, options.allow_local_paths, options.allow_http)
 
@@ -131,14 +136,12 @@ def scan_input(options: InputOptions, listing: Iterator[pa.RecordBatch] | None =
         if chosen == "files":
             return file_rows(storage, selected)
         if chosen == "manifest":
-            return manifest_rows(storage, selected, rules)
+            return manifest_rows(storage, selected, rules, sources.signed_urls)
         if chosen == "webdataset":
             return tar_rows(storage, selected)
         return parquet_rows(storage, selected)
 
-    return InputScan(
-        chosen, reason, storage.url, options.storage, counts, _left_out(counts, chosen), open_batches, spill
-    )
+    return InputScan(chosen, reason, storage.url, sources, counts, _left_out(counts, chosen), open_batches, spill)
 
 
 def file_rows(storage: Storage, listing: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:

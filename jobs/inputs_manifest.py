@@ -3,7 +3,7 @@
 A line: `{"audio_filepath": "a.wav", "offset": 1.5, "duration": 3.2, "text": "...", "channel": 0, "id": "...", ...}`.
 `audio_filepath` is relative to the manifest's folder, absolute, or a URL. With `offset` (0 included) the item is a
 segment; `duration` alone is the length of the whole file, as NeMo's dataset scripts write it, and only sizes shards.
-Other keys are carried through as JSON.
+Other keys are carried through as JSON. Signatures in URLs are not: they open the audio, and are forgotten.
 
 Source: https://docs.nvidia.com/nemo-framework/user-guide/latest/nemotoolkit/asr/datasets.html
 """
@@ -19,9 +19,11 @@ from typing import IO
 
 import pyarrow as pa
 
+from jobs.connections import storage_errors
 from jobs.plan_rows import PLAN_SCHEMA, plan_batch
+from jobs.redaction import mask_signatures, redact_text, redact_url
 from jobs.source_rules import SourceRules
-from jobs.storage import Storage, storage_errors
+from jobs.storage import Storage
 from parakeet_core.errors import ConfigError, ErrorKind, InputError
 
 MAX_LINE_BYTES = 1 << 20  # a line describes one utterance; a megabyte is already a thousand times the usual
@@ -37,14 +39,20 @@ def _refuse_constant(name: str) -> None:
 _DECODER = json.JSONDecoder(parse_constant=_refuse_constant)  # NaN and Infinity would travel on into `extra`
 
 
-def manifest_rows(storage: Storage, listing: Iterator[pa.RecordBatch], rules: SourceRules) -> Iterator[pa.RecordBatch]:
-    """Plan rows of all listed manifests, in the order of their names and lines."""
+def manifest_rows(
+    storage: Storage, listing: Iterator[pa.RecordBatch], rules: SourceRules, signed_urls: dict[str, str]
+) -> Iterator[pa.RecordBatch]:
+    """Plan rows of all listed manifests, in the order of their names and lines.
+
+    Args:
+        signed_urls: gets the URL of each source that is redacted in its row (`connections.StorageOptions`).
+    """
     names = sorted(name for batch in listing for name in batch["name"].to_pylist())  # manifests are few, lines are many
     rows: list[dict] = []
     for name in names:
         folder = storage.source(name).rpartition("/")[0]
         for number, line in _numbered_lines(storage, name):
-            row = _row_of(line, name, number, storage.source(name), folder, rules)
+            row = _row_of(line, name, number, storage.source(name), folder, rules, signed_urls)
             if row is not None:
                 rows.append(row)
             if len(rows) == BATCH_LINES:
@@ -90,7 +98,13 @@ def _bounded_lines(file: IO[bytes]) -> Iterator[bytes | InputError]:
 
 
 def _row_of(
-    line: bytes | InputError, manifest: str, number: int, source: str, folder: str, rules: SourceRules
+    line: bytes | InputError,
+    manifest: str,
+    number: int,
+    source: str,
+    folder: str,
+    rules: SourceRules,
+    signed_urls: dict[str, str],
 ) -> dict | None:
     """The plan row of one line; None for a blank line."""
     try:
@@ -98,9 +112,13 @@ def _row_of(
             raise line
         if not line.strip():
             return None
-        return parse_line(line, folder, rules)
+        row = parse_line(line, folder, rules)
+        shown = redact_url(row["source"])
+        if shown != row["source"]:
+            signed_urls[shown] = row["source"]
+        return row | {"source": shown}
     except InputError as error:
-        message = f"{manifest}, line {number}: {error.message}"
+        message = f"{manifest}, line {number}: {redact_text(error.message)}"
         content = line if isinstance(line, bytes) else error.message.encode()
         return {
             # By its content: lines that come in before it later must not make it another item.
@@ -114,7 +132,7 @@ def _row_of(
 
 
 def parse_line(line: bytes, folder: str, rules: SourceRules) -> dict:
-    """One manifest line -> the columns of its plan row.
+    """One manifest line -> the columns of its plan row, of which only `source` may hold a secret.
 
     Raises:
         InputError: BAD_RECORD or BAD_SEGMENT.
@@ -142,7 +160,7 @@ def parse_line(line: bytes, folder: str, rules: SourceRules) -> dict:
         "audio_s": duration_s,
         "items": 1,
         "reference": text if isinstance(text, str) else None,
-        "extra": json.dumps(extra, ensure_ascii=False) if extra else None,
+        "extra": mask_signatures(json.dumps(extra, ensure_ascii=False)) if extra else None,
     }
     for value in row.values():
         if isinstance(value, str):
@@ -154,9 +172,9 @@ def _identity(given: object, path: str, offset_s: float | None, duration_s: floa
     if given is not None:
         if isinstance(given, bool) or not isinstance(given, str | int) or given == "":
             raise _bad(f"expected a string or an integer under id, found {given!r:.60}")
-        return str(given)
+        return redact_url(str(given))  # the URL itself, in some manifests
     segment = "" if offset_s is None else f"#{offset_s:.10g}-{'' if duration_s is None else format(duration_s, '.10g')}"
-    return f"{path}{segment}{'' if channel is None else f'@{channel}'}"
+    return f"{redact_url(path)}{segment}{'' if channel is None else f'@{channel}'}"
 
 
 def _seconds(record: dict, key: str) -> float | None:

@@ -6,12 +6,14 @@ Knows nothing of layouts, ids or plans. Names are relative to the input's root, 
 import os
 import re
 from collections.abc import Iterator
+from functools import partial
 
 import pyarrow as pa
 import pyarrow.compute as pc
 from fsspec.utils import glob_translate
 
-from jobs.storage import S3_SCHEMES, Storage, StorageOptions, s3_pages, storage_errors
+from jobs.connections import S3_SCHEMES, StorageOptions, s3_pages, storage_errors
+from jobs.storage import Storage
 
 LISTING_SCHEMA = pa.schema([pa.field("name", pa.string()), pa.field("size_bytes", pa.int64())])
 BATCH_FILES = 16_384  # about 1.5 MB of names: large enough for Arrow to be fast, small enough to hold several
@@ -47,15 +49,16 @@ def is_file(storage: Storage) -> bool:
         if storage.scheme in S3_SCHEMES:
             if "/" not in storage.root:
                 return False
-            exact = next(s3_pages(storage.fs, storage.root), [])
+            exact = next(s3_pages(storage.fs, storage.root, options=storage.options), [])
             if any(key == storage.root for key, _ in exact):
                 return True
             if any(key.startswith(f"{storage.root}/") for key, _ in exact):
                 return False
-            if next((page for page in s3_pages(storage.fs, f"{storage.root}/") if page), None):
+            below = s3_pages(storage.fs, f"{storage.root}/", options=storage.options)
+            if next((page for page in below if page), None):
                 return False
             raise FileNotFoundError(storage.url)
-        return storage.fs.info(storage.root)["type"] == "file"
+        return storage.call("", storage.fs.info, storage.root)["type"] == "file"
 
 
 def list_files(storage: Storage, pattern: str | None = None, name: str | None = None) -> Iterator[pa.RecordBatch]:
@@ -70,7 +73,7 @@ def list_files(storage: Storage, pattern: str | None = None, name: str | None = 
     """
     with storage_errors(storage.url, storage.options):
         if name is not None:
-            yield _batch([name], [int(storage.fs.info(storage.path(name))["size"])])
+            yield _batch([name], [storage.size(name)])
             return
         if storage.is_local:
             found = _walk_local(storage.root)
@@ -139,7 +142,7 @@ def _local_size(entry: os.DirEntry) -> int:
 def _walk_s3(storage: Storage) -> Iterator[tuple[str, int]]:
     prefix = f"{storage.root.rstrip('/')}/"
     empty = True
-    for page in s3_pages(storage.fs, prefix):
+    for page in s3_pages(storage.fs, prefix, options=storage.options):
         for key, size in page:
             empty = False
             if not key.endswith("/"):  # a folder marker of some tools, not a file
@@ -152,7 +155,7 @@ def _walk_fsspec(storage: Storage) -> Iterator[tuple[str, int]]:
     prefix = f"{storage.root.rstrip('/')}/"
     waiting = [storage.root]
     while waiting:
-        for entry in storage.fs.ls(waiting.pop(), detail=True, refresh=True):
+        for entry in storage.call("", partial(storage.fs.ls, detail=True, refresh=True), waiting.pop()):
             if entry["type"] == "directory":
                 waiting.append(entry["name"])
             else:

@@ -7,9 +7,12 @@ import os
 import re
 import shutil
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from jobs.storage import Storage, StorageOptions, scheme_of, storage_errors
+from jobs.connections import StorageOptions, scheme_of
+from jobs.source_file import SourceFile
+from jobs.storage import Storage
 from parakeet_core.checkpoint import Checkpoint, load_checkpoint, read_source
 from parakeet_core.config import ModelConfig
 from parakeet_core.errors import CheckpointError, InputError
@@ -18,6 +21,7 @@ from parakeet_core.tokenizer import Tokenizer
 HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 CACHE_VARIABLE = "PARAKEET_CACHE"  # folder for fetched models; default ~/.cache/parakeet-batch
 CHECKPOINT_FILES = (".json", ".safetensors", ".model", ".nemo")  # what a checkpoint directory may need
+COPY_BYTES = 32 << 20  # per request; larger blocks gain nothing, and two of them are in memory
 
 
 @dataclass(frozen=True)
@@ -100,23 +104,29 @@ def _fetched(source: Storage) -> Path:
     with open(folder.parent / f"{key}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not folder.exists():
-            partial = folder.parent / f"{key}.partial"
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir()
+            incomplete = folder.parent / f"{key}.partial"
+            shutil.rmtree(incomplete, ignore_errors=True)
+            incomplete.mkdir()
             for path, _, _ in files:
-                with storage_errors(source.url, source.options):
-                    source.fs.get_file(path, str(partial / path.rsplit("/", 1)[-1]))
-            partial.rename(folder)
+                _copy(source, path, incomplete / path.rsplit("/", 1)[-1])
+            incomplete.rename(folder)
     return folder / files[0][0].rsplit("/", 1)[-1] if source.url.endswith(".nemo") else folder
+
+
+def _copy(source: Storage, path: str, target: Path) -> None:
+    """Fetch one file block by block: a connection that breaks after 2 GB costs one block."""
+    url = f"{source.scheme}://{path}"
+    with SourceFile(url, source.options, block_bytes=COPY_BYTES) as file, open(target, "wb") as copy:
+        shutil.copyfileobj(file, copy, COPY_BYTES)
 
 
 def _remote_files(source: Storage) -> list[tuple[str, int, str]]:
     """(path, bytes, version) of the files of a remote checkpoint."""
-    with storage_errors(source.url, source.options):
-        if source.url.endswith(".nemo"):
-            entries = [source.fs.info(source.root)]
-        else:
-            entries = [entry for entry in source.fs.ls(source.root, detail=True) if entry["type"] == "file"]
+    if source.url.endswith(".nemo"):
+        entries = [source.call("", source.fs.info, source.root)]
+    else:
+        listed = source.call("", partial(source.fs.ls, detail=True), source.root)
+        entries = [entry for entry in listed if entry["type"] == "file"]
     entries = [entry for entry in entries if entry["name"].endswith(CHECKPOINT_FILES)]
     if not entries:
         raise CheckpointError(

@@ -14,9 +14,10 @@ import ray
 import ray.data
 
 from jobs.config import PoolSize, TranscribeConfig
+from jobs.connections import StorageOptions
 from jobs.models import ModelReference
 from jobs.stages import TASKS_PER_ACTOR, ChainedStages, CommitShards, PrepareShards, RecogniseShards
-from jobs.storage import Storage, StorageOptions
+from jobs.storage import Storage
 from parakeet_core.audio import DEFAULT_MAX_DURATION_S
 from parakeet_core.errors import ConfigError
 

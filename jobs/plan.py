@@ -6,11 +6,11 @@ from collections.abc import Sequence
 import tyro
 
 from jobs.config import InputConfig
+from jobs.connections import scrub
 from jobs.inputs import scan_input
 from jobs.plan_report import describe_plan
 from jobs.planned_items import PlannedItems
 from jobs.planning import plan_shards
-from jobs.storage import scrub
 from parakeet_core.errors import ParakeetError
 
 EXIT_REFUSED = 2
@@ -25,7 +25,10 @@ def dry_run(config: InputConfig, planned: PlannedItems | None = None) -> int:
     Raises:
         ConfigError: the input cannot be used.
     """
-    with scan_input(config.reading()) as scan, plan_shards(scan.batches(), config.planning(), planned) as plan:
+    with (
+        scan_input(config.reading()) as scan,
+        plan_shards(scan.batches(), config.planning(scan.storage), planned) as plan,
+    ):
         report = describe_plan(plan, scan, config.rtfx, config.gpu_hour_price, config.gpus)
     print("\n".join(report.lines()))
     return 0

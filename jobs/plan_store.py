@@ -67,6 +67,10 @@ def shard_name(generation: int, index: int, fingerprint: str) -> str:
     return f"{generation:04d}-{index:06d}-{fingerprint[:PLAN_DIGITS]}"
 
 
+def generation_name(generation: int) -> str:
+    return f"plan-{generation:04d}.json"
+
+
 def list_generations(storage: Storage) -> list[Generation]:
     """The committed generations, in order.
 
@@ -74,6 +78,10 @@ def list_generations(storage: Storage) -> list[Generation]:
         ConfigError: a generation is missing, or written by another version.
     """
     names = [name for name in storage.list_names(FOLDER) if name.endswith(".json")]
+    # Some stores list a new object only after a while, and a plan taken for missing would be a job with nothing to do.
+    # So the name that comes next is asked for, which they answer rightly.
+    while (following := generation_name(len(names))) not in names and storage.exists(f"{FOLDER}/{following}"):
+        names.append(following)
     found = [_read_generation(storage, name) for name in names]
     found.sort(key=lambda generation: generation.generation)
     if [generation.generation for generation in found] != list(range(len(found))):
@@ -182,7 +190,7 @@ def write_plan(storage: Storage, plan: Plan, options: dict | None = None) -> Gen
         files=tuple(files),
         options=options or {},
     )
-    name = f"{FOLDER}/plan-{plan.generation:04d}.json"
+    name = f"{FOLDER}/{generation_name(plan.generation)}"
     record = {"plan_format": PLAN_FORMAT, **vars(generation)}
     storage.write_atomic(name, json.dumps(record, indent=1, sort_keys=True).encode(), exclusive=True)
     try:  # not every server honours `exclusive`: what holds?

@@ -16,10 +16,10 @@ from dataclasses import dataclass, field
 import numpy as np
 import pyarrow as pa
 
+from jobs.connections import DEFAULT_OPTIONS, StorageOptions
 from jobs.plan_facts import RowFacts, collect_rows
 from jobs.planned_items import BLOCK_ROWS, PlannedItems
 from jobs.sizing import Rate, estimate_audio_s, measure_rates
-from jobs.storage import DEFAULT_OPTIONS, StorageOptions
 from jobs.unique_ids import Renamed, find_new, make_unique
 from parakeet_core.errors import ConfigError
 

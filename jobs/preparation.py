@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 
 import parakeet_core
 from jobs.config import TranscribeConfig
+from jobs.connections import StorageOptions, scrub
 from jobs.inputs import InputScan, scan_input
 from jobs.listing import resolve_input
 from jobs.models import ModelReference, resolve_model
@@ -23,7 +24,7 @@ from jobs.planning import plan_shards
 from jobs.progress import Tally, hours
 from jobs.report import Receipt, merge_tallies
 from jobs.resume import account_earlier, pack_shards
-from jobs.storage import Storage, scrub
+from jobs.storage import Storage
 from parakeet_core.errors import ConfigError, InputError
 
 RECEIPT_EVERY_S = 60.0  # what a killed driver has to look up again: the parts of a minute
@@ -46,6 +47,7 @@ class Run:
     model: ModelReference
     generations: list[Generation]
     shards: pa.Table  # plan_store.SHARD_SCHEMA
+    sources: StorageOptions  # how to reach the audio
     identity: JobIdentity | None = None
     device: str = "none"
     committed: set[str] = field(default_factory=set)
@@ -147,8 +149,8 @@ def prepare(config: TranscribeConfig) -> Run:
             identity = identify(model, dtype)
             output = version_of(root, identity) if config.new_version else root
             check_output(output, identity)
-        generations = _plan(config, output, list_generations(root))
-        state = Run(config, output, model, generations, read_plan(output, generations), identity)
+        generations, sources = _plan(config, output, list_generations(root))
+        state = Run(config, output, model, generations, read_plan(output, generations), sources, identity)
         if identity is not None:
             state.account()
         return state
@@ -160,8 +162,10 @@ def identify(model: ModelReference, dtype: str) -> JobIdentity:
     return JobIdentity(weights_sha256=model.digest, dtype=dtype, model=scrub(model.name))
 
 
-def _plan(config: TranscribeConfig, output: Storage, first_version: list[Generation]) -> list[Generation]:
-    """The plan: generations of earlier runs, and a new one for what has come into the input since.
+def _plan(
+    config: TranscribeConfig, output: Storage, first_version: list[Generation]
+) -> tuple[list[Generation], StorageOptions]:
+    """The plan: generations of earlier runs, and a new one for what has come into the input since; how to reach it.
 
     Args:
         first_version: the plan under --output itself, whose input all versions share.
@@ -178,7 +182,7 @@ def _plan(config: TranscribeConfig, output: Storage, first_version: list[Generat
                     f"{scrub(config.output)} was planned from {planned.options}, this run reads {source}; "
                     "the same audio would come under other ids: use another --output, one per input"
                 )
-        return generations + _plan_new_items(config, output, scan, source, generations)
+        return generations + _plan_new_items(config, output, scan, source, generations), scan.storage
 
 
 def _plan_new_items(
@@ -186,7 +190,7 @@ def _plan_new_items(
 ) -> list[Generation]:
     """Plan the items that no earlier generation holds; one more generation, or none."""
     known = planned_items(output, generations)
-    with plan_shards(scan.batches(), config.planning(), known, len(generations)) as plan:
+    with plan_shards(scan.batches(), config.planning(scan.storage), known, len(generations)) as plan:
         if plan.shards:
             written = write_plan(output, plan, source)
             if (written.fingerprint, written.options) != (plan.fingerprint, source):

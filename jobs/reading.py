@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
+from jobs.connections import DEFAULT_OPTIONS, StorageOptions
 from jobs.reading_containers import read_container
 from jobs.sources import ReadItem, SourceFile, SourceReader
-from jobs.storage import DEFAULT_OPTIONS, StorageOptions
 from parakeet_core.errors import ConfigError, ErrorKind, InputError
 
 UNKNOWN_BYTES = 4 << 20  # what a source of unknown size is counted as, until it is here

@@ -6,8 +6,9 @@ import uuid
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 
+from jobs.connections import scrub
 from jobs.progress import Tally, clock, hours
-from jobs.storage import Storage, scrub
+from jobs.storage import Storage
 
 RECEIPT_FILE = "receipt.json"
 EVENTS_FOLDER = "events"

@@ -13,10 +13,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from jobs.connections import storage_errors
 from jobs.histogram import Histogram
 from jobs.markup import clip
 from jobs.parts import TABLE_FOLDER
-from jobs.storage import Storage, storage_errors
+from jobs.storage import Storage
 from parakeet_core.errors import InputError
 
 MAX_PARTS = 200  # read for one report: the shapes of the histograms are settled long before

@@ -12,9 +12,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from jobs.connections import StorageOptions
 from jobs.reading_containers import read_container
 from jobs.sources import SourceReader
-from jobs.storage import StorageOptions
 from parakeet_core.audio_isolated import IsolatedDecoder
 from parakeet_core.errors import InputError
 

@@ -10,7 +10,8 @@ import socket
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
-from jobs.storage import Storage, scheme_of, scrub
+from jobs.connections import scheme_of, scrub
+from jobs.storage import Storage
 from parakeet_core.errors import ErrorKind, InputError
 
 STORE_SCHEMES = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss"})  # reached with the job's own credentials

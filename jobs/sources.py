@@ -5,15 +5,16 @@ Knows nothing of plans, of containers' insides, or of reading ahead.
 
 import io
 from dataclasses import dataclass
+from functools import partial
 from typing import IO
 
+from jobs.connections import DEFAULT_OPTIONS, StorageOptions, connect, read_object, scheme_of, storage_call
 from jobs.guarded_http import fetch_http
+from jobs.source_file import SourceFile
 from jobs.source_rules import HTTP_SCHEMES
-from jobs.storage import DEFAULT_OPTIONS, StorageOptions, connect, read_object, scheme_of, storage_errors
 from parakeet_core.errors import InputError
 
 WHOLE_BYTES = 64 << 20  # 35 min of 16 kHz 16-bit; fetching more for a few segments costs more than seeking to them
-SEEK_BLOCK_BYTES = 1 << 20  # 32 s of 16 kHz 16-bit: a segment is mostly one request
 STREAM_BLOCK_BYTES = 8 << 20  # tars are read front to back: few requests, and one block in memory
 
 
@@ -32,63 +33,6 @@ class ReadItem:
     extra: str | None = None
 
 
-class SourceFile(io.RawIOBase):
-    """A seekable file of an object store whose failures are `InputError`s.
-
-    Decoders in C call `read` back and cannot pass a Python exception on: they see an end of file. So the first failure
-    is kept in `error`; check it after decoding (`raise_error`) before believing that a file is truncated.
-    """
-
-    def __init__(
-        self, source: str, options: StorageOptions, size_bytes: int | None = None, block_bytes: int = SEEK_BLOCK_BYTES
-    ):
-        self.source, self.options, self.size_bytes = source, options, size_bytes
-        self.error: InputError | None = None
-        with storage_errors(source, options):
-            fs, path = connect(source, options)
-            if scheme_of(source) == "file":
-                self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - closed in `close`
-            else:
-                known = {"size": size_bytes} if size_bytes is not None else {}
-                self._file = fs.open(path, "rb", block_size=block_bytes, cache_type="readahead", **known)
-
-    def _guarded(self, call, *arguments):
-        if self.error is None:
-            try:
-                with storage_errors(self.source, self.options):
-                    return call(*arguments)
-            except InputError as error:
-                self.error = error
-        raise self.error
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def readinto(self, buffer) -> int:
-        data = self._guarded(self._file.read, len(buffer))
-        buffer[: len(data)] = data
-        return len(data)
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        return self._guarded(self._file.seek, offset, whence)
-
-    def tell(self) -> int:
-        return self._file.tell()
-
-    def close(self) -> None:
-        if not self.closed:
-            self._file.close()
-        super().close()
-
-    def raise_error(self) -> None:
-        """Raises the failure that a decoder may have seen as an end of file."""
-        if self.error is not None:
-            raise self.error
-
-
 class SourceReader:
     """Opens and fetches sources of any storage by their URL. All methods raise `InputError`."""
 
@@ -96,28 +40,32 @@ class SourceReader:
         self.options = options
 
     def size(self, source: str) -> int:
-        with storage_errors(source, self.options):
-            fs, path = connect(source, self.options)
-            return int(fs.info(path)["size"])
+        fs, path = connect(source, self.options)
+        return int(storage_call(partial(fs.info, path), source, self.options)["size"])
 
     def fetch(self, source: str) -> bytes:
         if scheme_of(source) in HTTP_SCHEMES:
-            return fetch_http(source)
-        with storage_errors(source, self.options):
-            return read_object(*connect(source, self.options))
+            return self._fetch_http(source)
+        return storage_call(partial(read_object, *connect(source, self.options)), source, self.options)
+
+    def _fetch_http(self, source: str) -> bytes:
+        return fetch_http(self.options.signed_urls.get(source, source), self.options.patience_s)
 
     def open(self, source: str, size_bytes: int | None = None) -> IO[bytes]:
         if scheme_of(source) in HTTP_SCHEMES:
-            return io.BytesIO(fetch_http(source))
+            return io.BytesIO(self._fetch_http(source))
         return SourceFile(source, self.options, size_bytes)
 
     def fetch_or_open(self, source: str, size_bytes: int | None) -> "bytes | SourceFile":
         """The bytes of a source, or a seekable file if it is above `WHOLE_BYTES`."""
         if scheme_of(source) in HTTP_SCHEMES:
-            return fetch_http(source)
+            return self._fetch_http(source)
         size = self.size(source) if size_bytes is None else size_bytes
         return SourceFile(source, self.options, size) if size > WHOLE_BYTES else self.fetch(source)
 
     def stream(self, source: str) -> SourceFile:
         """A file to read from front to back."""
         return SourceFile(source, self.options, block_bytes=STREAM_BLOCK_BYTES)
+
+
+__all__ = ["ReadItem", "SourceFile", "SourceReader"]

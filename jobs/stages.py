@@ -19,13 +19,14 @@ import pyarrow as pa
 import ray
 import torch
 
+from jobs.connections import StorageOptions, scrub
 from jobs.isolation import ShardDecoder, was_restarted
 from jobs.models import ModelReference
 from jobs.parts import commit_part, part_name
 from jobs.plan_store import read_shard
 from jobs.reading import ReadItem, SourceFile, read_items
 from jobs.schema import TRANSCRIPT_SCHEMA, part_facts, part_metadata, round_words, word_error_rate
-from jobs.storage import Storage, StorageOptions
+from jobs.storage import Storage
 from parakeet_core.config import FrontendConfig
 from parakeet_core.decoding import Tokens, group_words
 from parakeet_core.engine import Engine
@@ -182,7 +183,7 @@ class PrepareShards:
         except WorkerError:
             raise  # nothing can be decoded here, whatever the item is
         except Exception as error:  # noqa: BLE001 - a defect met by one item must not end a job of a million others
-            message = f"{type(error).__name__}: {error}; please report this with the item"
+            message = scrub(f"{type(error).__name__}: {error}; please report this with the item", self.storage)
             return row | {"error_kind": str(ErrorKind.UNEXPECTED), "error_message": message}
 
     def _prepared_columns(self, item: ReadItem, clock: StageClock) -> dict:

@@ -6,6 +6,7 @@ before any work; 1 stopped in the middle (the same command resumes).
 
 import json
 import os
+import re
 import signal
 import sys
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ import tyro
 
 import parakeet_core
 from jobs.config import TranscribeConfig
+from jobs.connections import scrub
 from jobs.metrics import JobMetrics
 from jobs.ownership import claim_output
 from jobs.parts import committed_shards
@@ -29,12 +31,15 @@ from jobs.ray_session import ray_session
 from jobs.report import EventLog, Receipt, summarise
 from jobs.report_html import write_report
 from jobs.schema import PartFacts
-from jobs.storage import Storage, scrub
+from jobs.storage import Storage
 from parakeet_core.checkpoint import DTYPES
 from parakeet_core.errors import ConfigError, InputError, ParakeetError
 
 EXIT_STOPPED, EXIT_REFUSED = 1, 2
 RESUME_HINT = "run the same command again to resume; committed parts are kept and not computed again"
+
+
+_RAISED = re.compile(r"^[A-Za-z_][\w.]*: .+$", re.MULTILINE)  # the line of a traceback that names the exception
 
 
 class JobStoppedError(ParakeetError):
@@ -84,6 +89,7 @@ def _transcribe(state: Run, todo: pa.Table, cluster: dict[str, float]) -> Receip
     resources = plan_resources(config, state.device, cluster, todo.num_rows, longest_s, weight_bytes)
     try:
         claim_output(state.output, state.identity, state.generations)  # only now: a refused run leaves no mark
+        state.output.remove_dead_temporaries()
     except InputError as error:
         raise ConfigError(f"the output cannot be used: {error.message}") from error
     print(
@@ -111,7 +117,7 @@ def _transcribe(state: Run, todo: pa.Table, cluster: dict[str, float]) -> Receip
             for result in run_shards(
                 todo,
                 state.output,
-                config.storage(),
+                state.sources,
                 state.model,
                 dtype,
                 resources,
@@ -138,21 +144,20 @@ def _transcribe(state: Run, todo: pa.Table, cluster: dict[str, float]) -> Receip
         raise
     finally:
         state.model_idle_share = display.model_idle_share()
-        _close(state, events, page)
+        _close_if_possible(state, events, page)
     return _finish(state)
 
 
 def root_cause(error: BaseException) -> str:
     """What went wrong at the bottom of a chain of wrapped exceptions, in one line."""
-    while (inner := getattr(error, "cause", None) or error.__cause__) is not None:
-        error = inner
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    # Ray hands some causes over as a printed traceback only, whose last line says what was raised.
-    return (
-        lines[-1]
-        if isinstance(error, ray.exceptions.RayError)
-        else f"{type(error).__name__}: {lines[0] if lines else ''}"
-    )
+    if not isinstance(error, ray.exceptions.RayError):
+        return str(error).partition("\n")[0] or type(error).__name__
+    # Ray hands the exceptions of an actor over as a printed traceback, with advice of its own as the last one.
+    raised = [found for found in _RAISED.findall(str(error)) if not found.startswith("ray.exceptions.")]
+    ours = [found for found in raised if found.startswith("parakeet_core.errors.")]
+    if ours:
+        return ours[-1].partition(": ")[2]
+    return (raised or [str(error).strip().splitlines()[-1]])[-1]
 
 
 def _provenance(state: Run) -> dict[str, str]:
@@ -169,11 +174,23 @@ def _provenance(state: Run) -> dict[str, str]:
 
 def _close(state: Run, events: EventLog, page: bool = True) -> None:
     """Leave receipt, events and page beside the table, however the run ended."""
+    state.output.remove_dead_temporaries()  # of actors that were killed
     receipt = state.write_receipt()
     events.add("end", complete=receipt.complete, items=receipt.items_in, errors=receipt.errors, wall_s=receipt.wall_s)
     events.flush()
     if page:
         write_report(state.output, vars(receipt), state.throughput)
+
+
+def _close_if_possible(state: Run, events: EventLog, page: bool) -> None:
+    """`_close`; but when the run has failed already, and storage now too, the first failure is the one to tell."""
+    failed = sys.exc_info()[0] is not None
+    try:
+        _close(state, events, page)
+    except InputError as error:
+        if not failed:
+            raise
+        print(f"note    receipt and report were not written: {error.message}", file=sys.stderr)
 
 
 def _finish(state: Run) -> Receipt:
@@ -191,8 +208,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return dry_run(config, planned_items(output, list_generations(output)))
         signal.signal(signal.SIGTERM, _stop)
         return run(config).exit_code
-    except (JobStoppedError, InputError) as error:  # an InputError here: the output's storage failed
+    except JobStoppedError as error:
         print(f"stopped: {error}", file=sys.stderr)
+        return EXIT_STOPPED
+    except InputError as error:  # the output's storage failed
+        print(f"stopped: {error.message}; {RESUME_HINT}", file=sys.stderr)
         return EXIT_STOPPED
     except KeyboardInterrupt:
         print(f"stopped: interrupted; {RESUME_HINT}", file=sys.stderr)

@@ -11,6 +11,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 import torch
+from s3_server import serve_s3
 
 REPO = Path(__file__).resolve().parents[1]
 DATA = REPO / "tests" / "data"
@@ -77,3 +78,27 @@ def librispeech() -> list[Clip]:
 @pytest.fixture(scope="session")
 def ljspeech() -> list[Clip]:
     return read_clips(shared("speech", "ljspeech.jsonl"))
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory):
+    """A real S3 server for all tests."""
+    with serve_s3(tmp_path_factory.mktemp("s3")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def ray_cluster():
+    """One local Ray for all job tests that do not break it; `jobs.transcribe.run` uses the session it finds."""
+    import ray
+
+    ray.init(
+        address="local",
+        num_cpus=2,
+        include_dashboard=False,
+        object_store_memory=200 << 20,
+        logging_level="ERROR",
+        log_to_driver=False,
+    )
+    yield
+    ray.shutdown()

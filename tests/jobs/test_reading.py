@@ -5,6 +5,7 @@ import http.server
 import io
 import json
 import os
+import re
 import socket
 import tarfile
 import threading
@@ -413,6 +414,34 @@ def test_urls_are_encoded_and_what_is_not_a_url_is_a_bad_record(monkeypatch):
         assert caught.value.kind == ErrorKind.BAD_RECORD, url
 
 
+def test_signed_urls_open_their_audio_and_what_is_cut_short_is_fetched_again(tmp_path, monkeypatch):
+    """A busy server, then one that ends in the middle of the body, then the whole: bytes that are right or none."""
+    audio, seen = audio_bytes(0.5), []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            seen.append(self.path)
+            self.send_response(503 if len(seen) == 1 else 200)
+            self.send_header("Content-Length", str(len(audio)))
+            self.end_headers()
+            self.wfile.write(audio[: 10 * (len(seen) - 1)] if len(seen) < 3 else audio)
+
+    monkeypatch.setattr("jobs.guarded_http.is_public", lambda _address: True)  # the server is on the loopback
+    monkeypatch.setattr("socket.getaddrinfo", resolve_rebound(socket.getaddrinfo))
+    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://rebound.example:{server.server_port}/x.wav?file=7&X-Amz-Signature=canary"
+        (tmp_path / "m.jsonl").write_bytes(jsonl({"audio_filepath": url, "duration": 0.5}))
+        scan = scan_input(InputOptions(str(tmp_path / "m.jsonl"), allow_http=True))
+        rows = pa.Table.from_batches(scan.batches(), PLAN_SCHEMA)
+        (item,) = read_items(rows, scan.storage)
+        server.shutdown()
+    assert item.payload == audio
+    assert seen == ["/x.wav?file=7&X-Amz-Signature=canary"] * 3
+    assert item.id == item.source
+    assert re.fullmatch(r"http://rebound\.example:\d+/x\.wav\?\*\*\*[0-9a-f]{12}", item.id)
+
+
 def test_a_redirect_to_ftp_is_not_followed(monkeypatch):
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
@@ -451,13 +480,18 @@ def test_a_public_name_that_leads_to_a_private_address_is_refused():
     assert seen == []
 
 
-def fetch_through_name(url: str) -> bytes:
-    original = socket.getaddrinfo
+def resolve_rebound(original):
+    """A resolver that knows `rebound.example` as the loopback."""
 
     def resolve(host, *arguments, **named):
         return original("127.0.0.1" if host == "rebound.example" else host, *arguments, **named)
 
-    socket.getaddrinfo = resolve
+    return resolve
+
+
+def fetch_through_name(url: str) -> bytes:
+    original = socket.getaddrinfo
+    socket.getaddrinfo = resolve_rebound(original)
     try:
         return fetch_http(url)
     finally:

@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 from job_samples import audio_bytes
 
+from jobs.connections import StorageOptions, scrub
 from jobs.listing import list_files, resolve_input
-from jobs.storage import HIDDEN_PREFIX, Storage, StorageOptions, scrub
+from jobs.local_files import HIDDEN_PREFIX
+from jobs.storage import Storage
 from parakeet_core.errors import ConfigError, ErrorKind, InputError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -83,7 +85,7 @@ def test_a_failed_write_leaves_nothing(tmp_path):
             raise OSError(28, "No space left on device")
 
     storage = Storage(str(tmp_path))
-    with pytest.raises(InputError, match="No space left") as caught:
+    with pytest.raises(InputError, match="no space is left") as caught:
         storage.write_atomic("x", Failing())
     assert caught.value.kind == ErrorKind.STORAGE
     assert files_in(tmp_path) == []
@@ -99,6 +101,37 @@ def test_a_killed_writer_leaves_nothing_among_the_files_of_a_table(tmp_path):
     assert len(files_in(tmp_path)) == 1  # it was killed while it wrote
     Storage(str(tmp_path)).write_atomic("table/part", b"whole")
     assert os.listdir(tmp_path / "table") == ["part"]
+
+
+def test_temporaries_of_dead_writers_go_and_those_of_living_ones_stay(tmp_path):
+    """One writer that lives in another process, one that was killed, and two of another machine, young and old."""
+    write = "import sys, time; from jobs.storage import Storage\n"
+    write += (
+        "class Slow:\n    def read(self, _size): print('writing', flush=True); return sys.stdin.buffer.readline()\n"
+    )
+    write += "Storage(sys.argv[1]).write_atomic('table/' + sys.argv[2], Slow())"
+    writers = [
+        subprocess.Popen(
+            [sys.executable, "-c", write, str(tmp_path), name],
+            cwd=REPOSITORY,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for name in ("dead", "alive")
+    ]
+    for writer in writers:
+        assert writer.stdout.readline() == "writing\n"
+    writers[0].kill()
+    writers[0].wait()
+    (tmp_path / f".tmp/{HIDDEN_PREFIX}elsewhere-young").write_bytes(b"half")
+    (tmp_path / f".tmp/{HIDDEN_PREFIX}elsewhere-old").write_bytes(b"half")
+    os.utime(tmp_path / f".tmp/{HIDDEN_PREFIX}elsewhere-old", (0, 0))
+    assert len(files_in(tmp_path)) == 4
+    assert Storage(str(tmp_path)).remove_dead_temporaries() == 2
+    writers[1].communicate("whole\n", timeout=60)
+    assert writers[1].returncode == 0
+    assert files_in(tmp_path) == [f".tmp/{HIDDEN_PREFIX}elsewhere-young", "table/alive"]
 
 
 def test_half_written_files_are_not_listed(tmp_path):
@@ -127,11 +160,11 @@ def test_wrong_key_is_forbidden_and_not_named(s3_server):
         assert "canary" not in text
 
 
-def test_unreachable_endpoint_is_storage(s3_server):
-    # Port 1 of the loopback refuses at once; eight attempts with backoff would be a minute, so there is one.
-    storage = Storage("s3://bucket/x", StorageOptions("http://127.0.0.1:1", "us-east-1", "k" * 8, "s" * 8))
+def test_unreachable_endpoint_is_storage():
+    # Port 1 of the loopback refuses at once; five attempts with backoff would be ten seconds, so there is one.
+    options = StorageOptions("http://127.0.0.1:1", "us-east-1", "k" * 8, "s" * 8, patience_s=0)
+    storage = Storage("s3://bucket/x", options)
     storage.fs.config_kwargs["retries"] = {"mode": "standard", "total_max_attempts": 1}
-    storage.fs.retries = 1
     with pytest.raises(InputError) as caught:
         storage.read_bytes("y")
     assert caught.value.kind == ErrorKind.STORAGE

@@ -1,0 +1,121 @@
+"""Files of a local disk that are written whole or not at all, and what killed writers leave of them.
+
+A temporary file is locked (flock) as long as its writer lives, and its name says on which machine that is.
+"""
+
+import errno
+import fcntl
+import os
+import platform
+import re
+import shutil
+import time
+import uuid
+from contextlib import suppress
+from typing import IO
+
+HIDDEN_PREFIX = ".tmp-"
+FOREIGN_LIFE_S = 86_400.0  # a file of another machine whose last write is older is dead: a write takes seconds
+_NO_LOCKS = frozenset({errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL})  # filesystems without flock
+
+
+def write_local(path: str, data: bytes | IO[bytes], exclusive: bool, temporary_folder: str) -> bool:
+    """Make `path` hold `data` by way of a temporary file, fsync and a rename; makes both folders.
+
+    Args:
+        exclusive: only if `path` does not exist.
+        temporary_folder: on the same filesystem.
+
+    Returns:
+        False if `exclusive` and the path exists.
+    """
+    folder = os.path.dirname(path)
+    os.makedirs(folder, exist_ok=True)
+    os.makedirs(temporary_folder, exist_ok=True)
+    temporary, handle = _open_locked(temporary_folder)
+    try:
+        with os.fdopen(handle, "wb") as file:  # closed, and so unlocked, only after the rename
+            if isinstance(data, bytes):
+                file.write(data)
+            else:
+                shutil.copyfileobj(data, file, 2**20)
+            file.flush()
+            os.fsync(handle)
+            if exclusive:
+                os.link(temporary, path)  # fails if the path exists, which a rename would not
+            else:
+                os.replace(temporary, path)
+    except FileExistsError:
+        return False
+    finally:
+        with suppress(FileNotFoundError):  # a rename has taken it away
+            os.unlink(temporary)
+    _sync_folder(folder)
+    return True
+
+
+def _open_locked(folder: str) -> tuple[str, int]:
+    """(path, handle) of a new file that this process has locked."""
+    while True:
+        path = os.path.join(folder, f"{_own_prefix()}{uuid.uuid4().hex}")
+        # Not tempfile: its files are private to the user (mode 0600), a table is for others to read.
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+        if os.fstat(handle).st_nlink:
+            return path, handle
+        os.close(handle)  # taken for dead between its making and its lock
+
+
+def _own_prefix() -> str:
+    return f"{HIDDEN_PREFIX}{re.sub(r'[^A-Za-z0-9.]', '_', platform.node())}-"
+
+
+def remove_dead_temporaries(folder: str) -> int:
+    """Remove temporary files whose writers are dead; the number of them. Those of live writers are never touched.
+
+    On this machine a writer is dead if its file is not locked. A lock of another machine may not be seen here: its
+    files go when they are older than `FOREIGN_LIFE_S`.
+    """
+    try:
+        names = [name for name in os.listdir(folder) if name.startswith(HIDDEN_PREFIX)]
+    except FileNotFoundError:
+        return 0
+    removed = 0
+    for name in names:
+        with suppress(FileNotFoundError):  # its writer was faster
+            removed += _remove_if_dead(os.path.join(folder, name), name.startswith(_own_prefix()))
+    return removed
+
+
+def _remove_if_dead(path: str, own: bool) -> bool:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        if not own and time.time() - os.fstat(handle).st_mtime < FOREIGN_LIFE_S:
+            return False
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.unlink(path)
+        return True
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno in _NO_LOCKS:
+            return False
+        raise
+    finally:
+        os.close(handle)
+
+
+def _sync_folder(folder: str) -> None:
+    """The rename itself reaches the disk only with the folder."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network filesystems do not sync folders
+            raise
+    finally:
+        os.close(handle)

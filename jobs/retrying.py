@@ -1,0 +1,107 @@
+"""Failing storage, tried again: which failures may pass, and for how long. Knows nothing of requests or of rows.
+
+botocore tries an S3 request again until its headers are there (`connections.py`), under a quota of 100 retries per
+process. What it does not do comes here: a body that breaks off, a burst of 503s that uses up the quota, plain http.
+"""
+
+import functools
+import http.client
+import itertools
+import logging
+import random
+import socket
+import time
+import urllib.error
+from collections.abc import Callable
+from typing import TypeVar
+from urllib.parse import urlsplit
+
+import aiohttp
+import botocore.exceptions
+from botocore.exceptions import BotoCoreError, ClientError
+from botocore.parsers import ResponseParserError
+
+PATIENCE_S = 90.0  # S3 answers SlowDown for about as long while it spreads a prefix that has become busy
+PAUSE_S = 1.0  # before the second try, at most; doubled each time, with full jitter, so that workers spread out
+LONGEST_PAUSE_S = 20.0  # as in botocore's standard mode
+STORES = 4096  # whose state is kept; a manifest of http URLs may name any number of hosts
+
+# What fsspec, s3fs and gcsfs let through. OSError covers local files, FileNotFoundError, PermissionError, TimeoutError.
+STORAGE_ERRORS = (
+    *(OSError, BotoCoreError, ClientError, ResponseParserError),
+    *(aiohttp.ClientError, http.client.HTTPException),
+)
+_BROKEN_TRANSFERS = (
+    *(botocore.exceptions.HTTPClientError, botocore.exceptions.ConnectionError, ResponseParserError),
+    *(botocore.exceptions.IncompleteReadError, aiohttp.ClientError),
+    *(http.client.IncompleteRead, http.client.BadStatusLine, ConnectionError, TimeoutError),
+)
+# Answers below 500 that S3 gives to an upload that stalled or was damaged on its way, and to two that meet.
+_PASSING_CODES = frozenset({"RequestTimeout", "XAmzContentSHA256Mismatch", "BadDigest", "ConditionalRequestConflict"})
+_Result = TypeVar("_Result")
+
+
+def may_pass(error: BaseException) -> bool:
+    """Whether the same request can succeed later: the server is overloaded or out of order, or the transfer broke."""
+    answer = next((cause for cause in (error, error.__cause__) if isinstance(cause, ClientError)), None)
+    if answer is not None:  # s3fs raises an OSError of its own, with botocore's answer as the cause
+        status = answer.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+        return status >= 500 or status == 429 or answer.response.get("Error", {}).get("Code") in _PASSING_CODES
+    if isinstance(error, urllib.error.HTTPError):
+        return error.code >= 500 or error.code == 429
+    if isinstance(error, urllib.error.URLError):
+        return isinstance(error.reason, BaseException) and may_pass(error.reason)
+    if isinstance(error, socket.gaierror):
+        return error.errno == socket.EAI_AGAIN
+    return isinstance(error, _BROKEN_TRANSFERS) and not isinstance(error, ValueError)  # ValueError: a malformed URL
+
+
+class RetryBudget:
+    """How long one process goes on trying one store.
+
+    A call is given up when it has failed for the caller's patience, or when the store has answered no call of this
+    process for that long: a store that is gone costs the patience once, and then one try per item.
+    """
+
+    def __init__(self, store: str):
+        self.store = store
+        self._failing_since: float | None = None  # start of the first failed try since the last answer
+
+    def run(self, call: Callable[[], _Result], patience_s: float) -> _Result:
+        """`call()`, again after failures that may pass. Raises the last failure."""
+        started = time.monotonic()
+        for attempt in itertools.count():
+            tried_at = time.monotonic()
+            try:
+                result = call()
+            except STORAGE_ERRORS as error:
+                if not may_pass(error):
+                    self._failing_since = None  # the store is there, it says no
+                    raise
+                failing_since = self._failing_since or tried_at
+                self._failing_since = failing_since
+                left_s = patience_s - (time.monotonic() - min(started, failing_since))
+                if left_s <= 0:
+                    raise
+                if not attempt:
+                    found = type(error.__cause__ or error).__name__  # its text may hold a signed URL
+                    logging.getLogger(__name__).warning(
+                        "%s fails (%s); trying again for up to %.0f s", self.store, found, left_s
+                    )
+            else:
+                self._failing_since = None
+                return result
+            time.sleep(random.uniform(0, min(PAUSE_S * 2**attempt, LONGEST_PAUSE_S, left_s)))
+        raise AssertionError("unreachable")
+
+
+@functools.lru_cache(STORES)
+def _budget(store: str) -> RetryBudget:
+    return RetryBudget(store)
+
+
+def retry_budget(url: str) -> RetryBudget:
+    """The budget of the bucket or host of `url` in this process."""
+    scheme, _, rest = url.partition("://")
+    host = urlsplit(f"//{rest}").hostname if scheme in ("http", "https") else rest.split("/", 1)[0]
+    return _budget(f"{scheme}://{host}" if rest else "local disk")
