@@ -183,8 +183,19 @@ def time_ticks(total_s: float) -> list[tuple[float, str]]:
     return [(100 * t * unit_s / total_s, f"{t:g} {unit}") for t in times if t * unit_s <= total_s * (1 + 1e-9)]
 
 
-def line_chart(title: str, description: str, times_s: Sequence[float], values: Sequence[float]) -> Html:
-    """A line that begins at time zero, with the area below it filled; the last value is above zero."""
+def line_chart(
+    title: str,
+    description: str,
+    times_s: Sequence[float],
+    values: Sequence[float],
+    ticks: Sequence[tuple[float, str]] | None = None,
+) -> Html:
+    """A line with the area below it filled; at least one value is above zero.
+
+    Args:
+        times_s: ascending, the last above zero; or anything else that grows, with `ticks` of its own.
+        ticks: labels below the plot at percents of the width; default round times from zero.
+    """
     heights = ticks_up_to(max(values), STEPS_UP)
     points = [
         f"{100 * t / times_s[-1]:.3f},{100 * (1 - v / heights[-1]):.3f}" for t, v in zip(times_s, values, strict=True)
@@ -200,7 +211,7 @@ def line_chart(title: str, description: str, times_s: Sequence[float], values: S
         viewBox="0 0 100 100",
         preserveAspectRatio="none",
     )
-    axis = width_axis(time_ticks(times_s[-1]))
+    axis = width_axis(time_ticks(times_s[-1]) if ticks is None else ticks)
     return frame(title, description, TOP + PLOT + AXIS, height_axis(heights), plot, axis)
 
 

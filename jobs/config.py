@@ -1,4 +1,7 @@
-"""The options of the transcription job: one dataclass, checked when it is built, and the command line from it."""
+"""The options of the transcription job: one dataclass, checked when it is built, and the command line from it.
+
+What other jobs share of them is in `StorageConfig`.
+"""
 
 import os
 from dataclasses import dataclass
@@ -37,15 +40,9 @@ PoolOption = Annotated[
 
 
 @dataclass(frozen=True, kw_only=True)
-class InputConfig:
-    """What to read, and how it is cut into shards."""
+class StorageConfig:
+    """How object stores are reached."""
 
-    input: str
-    """Folder, glob, JSONL manifest, WebDataset tars or Parquet files: a path or URL (s3://bucket/prefix)."""
-    format: Literal["auto", "files", "manifest", "webdataset", "parquet"] = "auto"
-    """Layout of the input; auto decides from the listing."""
-    shard_audio_s: float | None = None
-    """Seconds of audio per shard, the unit of commit; default a 64th of the input, between 120 and 1800."""
     s3_endpoint_url: str | None = None
     """S3 endpoint other than AWS; default AWS_ENDPOINT_URL. Credentials come from the usual AWS variables only."""
     s3_region: str | None = None
@@ -54,29 +51,12 @@ class InputConfig:
     """Unsigned requests, for public buckets."""
     storage_patience_s: float = PATIENCE_S
     """Seconds for which failing storage is tried again before an item becomes an error row or the job stops."""
-    allow_local_paths: bool = False
-    """Let a manifest in an object store name local files."""
-    allow_http: bool = False
-    """Let manifests name http(s) URLs of public hosts."""
-    rtfx: float | None = None
-    """For a dry run: expected seconds of audio per second and GPU."""
-    gpus: int = 1
-    """For a dry run: GPUs that work at a time."""
-    gpu_hour_price: float | None = None
-    """For a dry run: price of one GPU hour, any currency."""
 
     def __post_init__(self):
-        if not self.input:
-            raise ConfigError("--input is empty")
-        for name in ("rtfx", "gpus", "gpu_hour_price"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ConfigError(f"--{name.replace('_', '-')} {value}: expected more than 0")
         if not self.storage_patience_s >= 0:
             raise ConfigError(f"--storage-patience-s {self.storage_patience_s}: expected 0 or more")
         if "@" in urlsplit(self.storage().endpoint_url or "").netloc:  # it would stand in every error of botocore
             raise ConfigError("the S3 endpoint holds a user or password; credentials come from AWS_* variables only")
-        self.planning(), self.reading()  # their own checks
 
     def storage(self) -> StorageOptions:
         """How to reach object stores, with the credentials of this process, so that workers need none of their own."""
@@ -91,6 +71,38 @@ class InputConfig:
             anonymous=self.s3_anonymous,
             patience_s=self.storage_patience_s,
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputConfig(StorageConfig):
+    """What to read, and how it is cut into shards."""
+
+    input: str
+    """Folder, glob, JSONL manifest, WebDataset tars or Parquet files: a path or URL (s3://bucket/prefix)."""
+    format: Literal["auto", "files", "manifest", "webdataset", "parquet"] = "auto"
+    """Layout of the input; auto decides from the listing."""
+    shard_audio_s: float | None = None
+    """Seconds of audio per shard, the unit of commit; default a 64th of the input, between 120 and 1800."""
+    allow_local_paths: bool = False
+    """Let a manifest in an object store name local files."""
+    allow_http: bool = False
+    """Let manifests name http(s) URLs of public hosts."""
+    rtfx: float | None = None
+    """For a dry run: expected seconds of audio per second and GPU."""
+    gpus: int = 1
+    """For a dry run: GPUs that work at a time."""
+    gpu_hour_price: float | None = None
+    """For a dry run: price of one GPU hour, any currency."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.input:
+            raise ConfigError("--input is empty")
+        for name in ("rtfx", "gpus", "gpu_hour_price"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ConfigError(f"--{name.replace('_', '-')} {value}: expected more than 0")
+        self.planning(), self.reading()  # their own checks
 
     def reading(self) -> InputOptions:
         return InputOptions(

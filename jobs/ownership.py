@@ -46,6 +46,11 @@ def recorded_dtype(output: Storage) -> str | None:
     return (_job_record(output) or {}).get("dtype")
 
 
+def recorded_fingerprint(output: Storage) -> str | None:
+    """The fingerprint of the table in an output; None for an output that nobody has begun."""
+    return (_job_record(output) or {}).get("fingerprint")
+
+
 def version_of(output: Storage, identity: JobIdentity) -> Storage:
     """Where this identity's table lies: the output itself if it is free or its own, else a folder for this version."""
     record = _job_record(output)

@@ -70,3 +70,11 @@ def quiet_ray_data() -> None:
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
+
+
+def quiet_ray_train() -> None:
+    """No log lines below errors from Ray Train, and no change of its workers' folder, where paths would mean others."""
+    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
+    for name in ("RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING", "RAY_TRAIN_ENABLE_WORKER_STRUCTURED_LOGGING"):
+        os.environ.setdefault(name, "0")
+    logging.getLogger("ray.train").setLevel(logging.ERROR)

@@ -4,8 +4,6 @@ Ids, texts and messages come from data that nobody vouches for: `jobs.markup` es
 content security policy forbids scripts, foreign styles and all requests, should an escape ever be missing.
 """
 
-import base64
-import hashlib
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -13,10 +11,10 @@ import numpy as np
 
 import parakeet_core
 from jobs.charts import Column, column_chart, line_chart, share_bar, time_ticks, waterfall_chart
-from jobs.markup import Html, element, figure, foreign, join, number, numbers_table, percent, rounded, safe, span
+from jobs.markup import Html, element, figure, foreign, join, number, numbers_table, percent, rounded, span
+from jobs.report_page import render_page
 from jobs.report_rows import confidence_section, error_section, histogram_section, rate_section
 from jobs.report_stats import TableStats, committed_over_time, gather_stats
-from jobs.report_style import STYLE
 from jobs.storage import Storage
 
 REPORT_FILE = "report.html"
@@ -46,16 +44,7 @@ def write_report(output: Storage, receipt: dict, throughput: Sequence[tuple[floa
 
 
 def render_report(receipt: dict, stats: TableStats, throughput: Sequence[tuple[float, float]]) -> Html:
-    """The page. Its policy allows the one style sheet by its digest and nothing else."""
-    digest = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
-    policy = f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
-    head = Html(
-        '<meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        '<meta name="referrer" content="no-referrer">'
-        f"<title>Transcription report: {safe(receipt['input'])}</title><style>{STYLE}</style>"
-    )
+    """The page."""
     main = element(
         "main",
         notices(receipt, stats),
@@ -68,11 +57,7 @@ def render_report(receipt: dict, stats: TableStats, throughput: Sequence[tuple[f
         open_section(receipt["table"]),
         provenance_section(receipt),
     )
-    footer = element(
-        "footer", f"parakeet-batch {parakeet_core.__version__}. This page loads nothing and runs no script."
-    )
-    body = element("body", page_header(receipt), main, footer)
-    return Html(f'<!doctype html>\n<html lang="en">{element("head", head)}{body}</html>\n')
+    return render_page(f"Transcription report: {receipt['input']}", page_header(receipt), main)
 
 
 def page_header(receipt: dict) -> Html:

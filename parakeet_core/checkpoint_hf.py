@@ -117,6 +117,13 @@ def _model_config(path: Path, config: dict, shapes: dict[str, tuple[int, ...]]) 
     return typed_dataclass(ModelConfig, config, MODEL_KEYS, where, **built)
 
 
+def read_encoder_config(path: Path) -> EncoderConfig:
+    """The encoder that a config.json describes, without weights beside it. Raises CheckpointError."""
+    config = _read_json(path)
+    encoder = config.get("encoder_config", config)
+    return typed_dataclass(EncoderConfig, encoder if isinstance(encoder, dict) else {}, ENCODER_KEYS, str(path))
+
+
 def _frontend_config(path: Path) -> FrontendConfig:
     """From the nested form (processor_config.json) or the flat, older one (preprocessor_config.json)."""
     for name in ("processor_config.json", "preprocessor_config.json"):

@@ -22,6 +22,9 @@ class Tokenizer(Protocol):
     def decode(self, ids: list[int]) -> str:
         """Text of collapsed token ids without blanks: pieces joined, word marks as spaces, the first space stripped."""
 
+    def content(self) -> str | bytes:
+        """What the class was made of: the text of a tokenizer.json, or the bytes of a tokenizer.model."""
+
 
 class TokenizerJson:
     """`tokenizer.json` of a Hugging Face checkpoint.
@@ -48,6 +51,9 @@ class TokenizerJson:
     def decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids)
 
+    def content(self) -> str:
+        return self._tokenizer.to_str()
+
 
 class SentencePieceTokenizer:
     """`tokenizer.model` of a NeMo checkpoint.
@@ -73,6 +79,9 @@ class SentencePieceTokenizer:
 
     def decode(self, ids: list[int]) -> str:
         return self._processor.DecodeIds(list(map(int, ids)))
+
+    def content(self) -> bytes:
+        return self._processor.serialized_model_proto()
 
 
 def load_tokenizer(path: Path) -> Tokenizer:

@@ -17,13 +17,11 @@ class JobProcess:
     """`python -m jobs.transcribe` in a session of its own, so that everything it starts can be found and ended."""
 
     def __init__(self, source: Path, output: Path, *options: str, variables: dict[str, str] | None = None):
-        command = [sys.executable, "-m", "jobs.transcribe", "--input", str(source), "--output", str(output)]
-        command += ["--model", str(TINY_EN), "--device", "cpu", *options]
         environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
         environment |= variables or {}
         self.output = output
         self.process = subprocess.Popen(
-            command,
+            [sys.executable, "-m", *self.command(source, output), *options],
             cwd=REPO,
             env=environment,
             start_new_session=True,
@@ -31,6 +29,13 @@ class JobProcess:
             stderr=subprocess.STDOUT,
             text=True,
         )
+
+    def command(self, source: Path, output: Path) -> list[str]:
+        """Module and arguments; another job has others."""
+        return [
+            "jobs.transcribe", "--input", str(source), "--output", str(output), "--model", str(TINY_EN),
+            "--device", "cpu",
+        ]  # fmt: skip
 
     def parts(self) -> int:
         """Parts committed so far."""

@@ -1,0 +1,157 @@
+"""The options of the fine-tuning job: one dataclass, checked when it is built, and the command line from it."""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+from jobs.config import StorageConfig
+from parakeet_core.augment import SpecAugment
+from parakeet_core.errors import ConfigError
+from parakeet_core.training import Schedule
+
+# Options that decide which parameters come out. Where, how often and on how many machines does not: a run may be
+# resumed with other values of all other options.
+_DECISIVE = (
+    "train", "validation", "model", "model_config", "vocab_size", "text_form", "min_confidence", "min_audio_s",
+    "max_audio_s", "epochs", "max_steps", "batch_audio_s", "learning_rate", "schedule", "warmup_steps", "weight_decay",
+    "clip_norm", "dropout", "freeze_batch_norm", "speed_factors", "freq_masks", "freq_width", "time_masks",
+    "time_width", "precision", "seed",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig(StorageConfig):
+    """Train a Parakeet CTC model on recordings with texts."""
+
+    train: tuple[str, ...]
+    """Inputs with texts, in any layout of the transcription job, or outputs of that job (pseudo-labels)."""
+    validation: tuple[str, ...]
+    """Inputs to measure the error rate on, none of them in --train."""
+    output: str
+    """Folder for the model (OUTPUT/model/), checkpoints and report: a path or URL."""
+    model: str | None = None
+    """Checkpoint to start from: a Hugging Face directory or .nemo file (path or URL), or a Hugging Face model id."""
+    model_config: str | None = None
+    """Instead of --model: a config.json with an encoder_config, to start from random weights; needs --vocab-size."""
+    vocab_size: int | None = None
+    """Make a new tokenizer of so many pieces from the training texts; the model's head then starts anew."""
+    text_form: Literal["auto", "plain", "raw"] = "auto"
+    """plain: lower case, letters, digits and apostrophes; auto: plain if the tokenizer has no capitals, else raw."""
+    min_confidence: float = 0.9
+    """Of pseudo-labels: rows of a transcript table below it are left out."""
+    min_audio_s: float = 0.3
+    """Shorter utterances are left out of training."""
+    max_audio_s: float = 30.0
+    """Longer utterances are left out."""
+    allow_local_paths: bool = False
+    """Let a manifest in an object store name local files."""
+    allow_http: bool = False
+    """Let manifests name http(s) URLs of public hosts."""
+
+    epochs: float = 10.0
+    """Passes over the training set."""
+    max_steps: int | None = None
+    """Optimiser steps, instead of --epochs."""
+    batch_audio_s: float = 320.0
+    """Audio per optimiser step, over all workers: the same whatever their number."""
+    micro_batch_audio_s: float | None = None
+    """Padded audio that goes through one model at once; what a step holds beyond it is accumulated. Default 80 on a
+    CPU, 400 on a GPU."""
+    learning_rate: float = 3e-4
+    """At its highest, after the warm-up."""
+    schedule: Schedule = "cosine"
+    """cosine: to zero at the last step; noam: with the inverse square root of the step."""
+    warmup_steps: int = 200
+    """Steps over which the rate rises."""
+    weight_decay: float = 1e-3
+    """Of matrices and kernels."""
+    clip_norm: float = 1.0
+    """Longest gradient of a step."""
+    dropout: float | None = None
+    """All dropout rates of the encoder; default the checkpoint's."""
+    freeze_batch_norm: bool = False
+    """Keep the statistics of BatchNorm as the checkpoint has them; for small batches and small changes of domain."""
+    speed_factors: tuple[float, ...] = (0.9, 1.0, 1.1)
+    """Each utterance is played at one of these speeds, anew in every epoch; give 1 alone for none."""
+    freq_masks: int = SpecAugment.freq_masks
+    """Bands of mel bins hidden in each utterance (SpecAugment)."""
+    freq_width: int = SpecAugment.freq_width
+    """Mel bins of a band, at most."""
+    time_masks: int = SpecAugment.time_masks
+    """Spans of time hidden in utterances of 10 s or more, fewer in shorter ones."""
+    time_width: float = SpecAugment.time_width
+    """Share of an utterance in one span, at most."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the forward and backward pass; auto: bfloat16 on a GPU. Weights and their updates are float32."""
+    seed: int = 0
+    """Of initial weights, order of data, augmentation and dropout."""
+
+    log_steps: int = 20
+    """Steps between two lines of metrics."""
+    validate_steps: int = 200
+    """Steps between two measurements of the error rate; there is one more at the end."""
+    patience: int | None = None
+    """Stop after so many measurements in a row without a lower error rate."""
+    checkpoint_steps: int = 1000
+    """Steps between two checkpoints, at most."""
+    checkpoint_minutes: float = 10.0
+    """Minutes between two checkpoints, at most."""
+    export_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the weights in OUTPUT/model/."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: cuda if the cluster has a GPU now."""
+    workers: int | None = None
+    """Copies of the model, one GPU each; default all GPUs of the cluster, or one on a CPU."""
+    cpus_per_worker: int | None = None
+    """Threads of each worker, for the model on a CPU and for decoding and features; default from the cluster."""
+    max_restarts: int = 3
+    """Times that the workers are started again, from the last checkpoint, after one of them was lost."""
+    ray_address: str | None = None
+    """Cluster to join; default RAY_ADDRESS (set by `ray job submit`), else a new local one."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if (self.model is None) == (self.model_config is None):
+            raise ConfigError("expected either --model, to start from a checkpoint, or --model-config, to start anew")
+        if self.model_config is not None and self.vocab_size is None:
+            raise ConfigError("--model-config needs --vocab-size: a model from random weights has no tokenizer yet")
+        for name in ("train", "validation"):
+            if not getattr(self, name) or "" in getattr(self, name):
+                raise ConfigError(f"--{name} is empty")
+        if not self.output:
+            raise ConfigError("--output is empty")
+        if set(self.train) & set(self.validation):
+            raise ConfigError(f"--train and --validation both hold {sorted(set(self.train) & set(self.validation))[0]}")
+        above_zero = (
+            "vocab_size", "max_audio_s", "epochs", "max_steps", "batch_audio_s", "micro_batch_audio_s",
+            "learning_rate", "clip_norm", "log_steps", "validate_steps", "patience", "checkpoint_steps",
+            "checkpoint_minutes", "workers", "cpus_per_worker",
+        )  # fmt: skip
+        for name in above_zero:
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ConfigError(f"--{name.replace('_', '-')} {value}: expected more than 0")
+        for name in ("min_confidence", "time_width", "dropout"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                raise ConfigError(f"--{name.replace('_', '-')} {value}: expected 0 to 1")
+        if not self.speed_factors or not all(0.5 <= factor <= 2 for factor in self.speed_factors):
+            raise ConfigError(f"--speed-factors {self.speed_factors}: expected one or more from 0.5 to 2")
+
+    def spec_augment(self) -> SpecAugment:
+        return SpecAugment(self.freq_masks, self.freq_width, self.time_masks, self.time_width)
+
+    def decisive_options(self) -> dict:
+        """The options that a resumed run must share with the run it continues."""
+        return {name: value for name, value in asdict(self).items() if name in _DECISIVE}
+
+    def fingerprint(self, weights_sha256: str) -> str:
+        """Of what decides the result besides the data.
+
+        Args:
+            weights_sha256: of the checkpoint that training starts from, or of --model-config.
+        """
+        record = json.dumps([self.decisive_options(), weights_sha256], sort_keys=True)
+        return hashlib.sha256(record.encode()).hexdigest()[:16]

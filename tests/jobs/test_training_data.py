@@ -1,0 +1,205 @@
+"""What is trained on: texts of every layout, pseudo-labels of a transcript table, and labels that cannot be used."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from job_layouts import PROMPTS, TINY_EN, job_config, prompt_records, read_table
+from job_samples import audio_bytes, jsonl
+from training_samples import PLAIN, make_task, prepare, prompt_manifest, train, training_config
+
+from jobs.storage import Storage
+from jobs.training_data import PreparedAudio
+from jobs.training_labels import ctc_frames, label_utterances, plain_text
+from jobs.training_metrics import ErrorCounts, read_metrics
+from jobs.transcribe import run
+from parakeet_core import ConfigError, decode_audio
+from parakeet_core.tokenizer import load_tokenizer
+from parakeet_core.tokenizer_training import train_tokenizer
+
+
+@pytest.mark.parametrize("layout", ["manifest", "webdataset", "parquet"])
+def test_every_layout_with_texts_gives_the_same_audio_and_texts(layout, layouts, tmp_path):
+    validation = prompt_manifest(tmp_path / "val.jsonl", 30, 32)
+    task = make_task(training_config(str(layouts[layout]), validation, tmp_path / "out"))
+    assert sorted(task.train.texts) == sorted(record["text"] for record in prompt_records(12))
+    audio = task.data("train")
+    names = {record["text"]: record["audio_filepath"] for record in prompt_records(12)}
+    for text, file, row, frames in zip(
+        task.train.texts, task.train.files, task.train.rows, task.train.frames, strict=True
+    ):
+        expected = decode_audio(PROMPTS / names[text])
+        np.testing.assert_allclose(audio.waveform(file, row), expected, rtol=0, atol=0.5 / 32768 + 1e-7)
+        assert frames == len(expected) // 160
+
+
+def test_audio_alone_is_refused(layouts, tmp_path):
+    validation = prompt_manifest(tmp_path / "val.jsonl", 30, 32)
+    with pytest.raises(ConfigError, match="--train: none of 12 items can be used .*12 no_text"):
+        make_task(training_config(str(layouts["files"]), validation, tmp_path / "out"))
+
+
+@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.parametrize("layout", ["manifest", "webdataset", "parquet"])
+def test_pseudo_labels_of_a_transcript_table(layout, layouts, tmp_path):
+    """A finished table as the input: its texts, not the references, and of confident rows only."""
+    table = tmp_path / "table"
+    assert run(job_config(layouts[layout], table, shard_audio_s=20)).exit_code == 0
+    rows = read_table(table)
+    confidences = sorted(row["confidence"] for row in rows)
+    threshold = (confidences[5] + confidences[6]) / 2
+    validation = prompt_manifest(tmp_path / "val.jsonl", 30, 32)
+    config = training_config(str(table), validation, tmp_path / "out", min_confidence=threshold)
+    task = make_task(config)
+    kept = {row["id"]: row["text"] for row in rows if row["confidence"] >= threshold}
+    assert len(kept) == 6
+    assert dict(zip(task.train.ids, task.train.texts, strict=True)) == kept
+    index = prepare(config, "train")
+    assert index["rejection"].to_pylist().count("low_confidence") == 6
+
+
+def bad_labels(folder: Path) -> str:
+    """Prompts that can be used, and one item of each kind that cannot."""
+    (folder / "tone.wav").write_bytes(audio_bytes(2.0))
+    (folder / "long.wav").write_bytes(audio_bytes(40.0))
+    (folder / "short.wav").write_bytes(audio_bytes(0.1))
+    (folder / "broken.wav").write_bytes(b"RIFF, but no more")
+    good = sorted(prompt_records(), key=lambda record: record["duration"])[:4]
+    items = {
+        "empty": ("tone.wav", ""),
+        "blank": ("tone.wav", " \t"),
+        "null": ("tone.wav", None),
+        "punctuation": ("tone.wav", "?!"),
+        "longer": ("tone.wav", "far more than can be said in two seconds " * 3),
+        "repeats": ("tone.wav", "b b b b b b b b b b b b b b b"),
+        "unknown": ("tone.wav", "größer"),
+        "too long": ("long.wav", "a text"),
+        "too short": ("short.wav", "a"),
+        "broken": ("broken.wav", "a text"),
+        "missing": ("nowhere.wav", "a text"),
+    }
+    lines = [{"id": name, "audio_filepath": file, "text": text} for name, (file, text) in items.items()]
+    lines += [record | {"audio_filepath": str(PROMPTS / record["audio_filepath"])} for record in good]
+    (folder / "bad.jsonl").write_bytes(jsonl(*lines))
+    return str(folder / "bad.jsonl")
+
+
+def test_bad_labels_are_counted_and_training_stays_finite(tmp_path):
+    validation = prompt_manifest(tmp_path / "val.jsonl", 30, 32)
+    config = training_config(bad_labels(tmp_path), validation, tmp_path / "out", max_steps=3, log_steps=1)
+    index = prepare(config, "train")
+    task = make_task(config)
+    _, report = label_utterances(index, task.tokenizer, task.model, True, config.min_audio_s, 1.1)
+    assert report.rejected == {
+        "more_tokens_than_frames": 2,
+        "no_text": 4,
+        "too_long": 1,
+        "too_short": 1,
+        "unknown_characters": 1,
+        "unreadable": 2,
+    }
+    assert (report.items, report.used) == (15, 4)
+    assert len(task.train) == 4
+    assert {(name, reason) for name, reason, _ in report.examples} >= {
+        ("unknown", "unknown_characters"),
+        ("longer", "more_tokens_than_frames"),
+        ("broken", "unreadable"),
+    }
+    losses = [line["loss"] for line in read_metrics(train(config).task.output) if "loss" in line]
+    assert len(losses) == 3
+    assert np.isfinite(losses).all()
+
+
+def test_repeats_need_a_blank_between():
+    assert [ctc_frames(ids) for ids in ([], [3], [3, 4, 3], [3, 3, 4, 4, 4])] == [0, 1, 3, 8]
+
+
+def test_an_impossible_label_that_slips_through_gives_no_gradient_that_is_not_finite(tmp_path):
+    """Validation texts are not filtered by length: their loss counts as zero."""
+    train_set = prompt_manifest(tmp_path / "train.jsonl", 0, 2)
+    validation = prompt_manifest(tmp_path / "val.jsonl", 2, 4, text="nobody says this so quickly " * 9)
+    lines = read_metrics(train(training_config(train_set, validation, tmp_path / "out", max_steps=1)).task.output)
+    assert [line["validation_loss"] for line in lines if "validation_wer" in line] == [0]
+
+
+def test_text_form(tmp_path):
+    carried = load_tokenizer(TINY_EN / "tokenizer.json")
+    cased = train_tokenizer(["The Cat sat. On a mat!"] * 5, 15)
+    assert plain_text("auto", carried)
+    assert not plain_text("auto", cased)
+    assert plain_text("plain", cased)
+    assert not plain_text("raw", carried)
+
+
+def test_what_was_planned_stays(tmp_path):
+    """A file that comes into a folder later does not change the data of a run that goes on."""
+    validation = prompt_manifest(tmp_path / "val.jsonl", 30, 32)
+    manifest = Path(prompt_manifest(tmp_path / "train.jsonl", 0, 3))
+    config = training_config(str(manifest), validation, tmp_path / "out")
+    before = make_task(config).train
+    prompt_manifest(manifest, 0, 5)
+    assert make_task(config).train.ids == before.ids
+
+
+def test_prepared_audio_of_an_object_store(s3_server, tmp_path, monkeypatch):
+    monkeypatch.setenv("PARAKEET_CACHE", str(tmp_path / "cache"))
+    storage = Storage(f"s3://{s3_server.bucket()}/data", s3_server.options)
+    validation = prompt_manifest(tmp_path / "val.jsonl", 30, 32)
+    task = make_task(training_config(prompt_manifest(tmp_path / "train.jsonl", 0, 3), validation, tmp_path / "out"))
+    local = task.data("train")
+    for name in local.folder.list_names():
+        storage.write_atomic(name, local.folder.read_bytes(name))
+    remote = PreparedAudio(storage)
+    for file, row in zip(task.train.files, task.train.rows, strict=True):
+        np.testing.assert_array_equal(remote.waveform(file, row), local.waveform(file, row))
+
+
+def test_error_counts():
+    counts = ErrorCounts()
+    counts.add("The cat's mat.", "the cats mat")
+    counts.add("one two", "")
+    assert (counts.word_errors, counts.words, counts.items) == (3, 5, 2)
+    assert (counts.char_errors, counts.chars) == (1 + 7, 13 + 7)
+    assert counts.wer == pytest.approx(0.6)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"model": None}, "either --model"),
+        ({"model_config": "config.json"}, "either --model"),
+        ({"model": None, "model_config": "config.json"}, "needs --vocab-size"),
+        ({"validation": ("a",)}, "both hold a"),
+        ({"train": ()}, "--train is empty"),
+        ({"batch_audio_s": 0.0}, "--batch-audio-s 0.0: expected more than 0"),
+        ({"speed_factors": (0.0, 1.0)}, "--speed-factors"),
+        ({"dropout": 2.0}, "--dropout 2.0: expected 0 to 1"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else "-".join(value),
+)
+def test_options_are_checked(options, message):
+    from jobs.training_config import FinetuneConfig
+
+    with pytest.raises(ConfigError, match=message):
+        FinetuneConfig(**{"train": ("a",), "validation": ("b",), "model": "m", "output": "o"} | options)
+
+
+def test_seed_and_new_vocabulary_from_random_weights(tmp_path):
+    """From a config.json: a tokenizer of the training texts, a head of its size, weights that follow the seed."""
+    train_set, validation = (
+        prompt_manifest(tmp_path / "train.jsonl", 0, 20),
+        prompt_manifest(tmp_path / "val.jsonl", 20, 22),
+    )
+    encoder = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
+    config_file = tmp_path / "config.json"
+    config_file.write_text(json.dumps({"encoder_config": encoder | {"subsampling_conv_channels": 8}}))
+    options = {"model_config": str(config_file), "vocab_size": 60, "max_steps": 1} | PLAIN
+    first, again, other = (
+        train(training_config(train_set, validation, tmp_path / str(number), **options, seed=seed))
+        for number, seed in enumerate((1, 1, 2))
+    )
+    assert first.task.model.vocab_size == 61
+    weights = [run.model.encoder.layers[0].feed_forward1.linear1.weight for run in (first, again, other)]
+    assert (weights[0] == weights[1]).all()
+    assert (weights[0] != weights[2]).any()
