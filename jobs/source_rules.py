@@ -84,9 +84,12 @@ def check_host(url: str) -> None:
         InputError: BAD_RECORD.
     """
     try:
-        host = (urlsplit(url).hostname or "").rstrip(".").lower()
+        parts = urlsplit(url)
+        host = (parts.hostname or "").rstrip(".").lower()
     except ValueError as error:
         raise _refused(url, "is not a URL", "check it") from error
+    if "@" in parts.netloc:  # urllib takes it for part of the host, and says it in its error
+        raise _refused(url, "holds a user or password", "give a signed URL")
     if not host or any(host == name or (name.startswith(".") and host.endswith(name)) for name in _PRIVATE_NAMES):
         raise _refused(url, "names a host that is not on the public internet", "copy the audio to object storage")
     try:

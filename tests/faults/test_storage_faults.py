@@ -235,19 +235,19 @@ cp -r {disk}/out/transcripts {kept}
 """
 
 
-def test_a_full_disk_stops_the_run_and_room_lets_it_finish(tmp_path):
+def test_a_full_disk_stops_the_run_and_room_lets_it_finish(ray_cluster, tmp_path):
     """The output is a small filesystem of its own, in a user and mount namespace, for which no root is needed."""
     write_manifest(tmp_path / "items.jsonl", 1)
-    command = [sys.executable, "-m", "jobs.transcribe", "--input", str(tmp_path / "items.jsonl")]
-    command += ["--model", str(TINY_EN), "--device", "cpu", "--shard-audio-s", "20", "--output"]
-    run_job = subprocess.run([*command, str(tmp_path / "whole")], cwd=REPO, capture_output=True, text=True, check=True)
+    options = ["--input", str(tmp_path / "items.jsonl"), "--model", str(TINY_EN), "--device", "cpu"]
+    options += ["--shard-audio-s", "20", "--output"]
+    assert main([*options, str(tmp_path / "whole")]) == 0
     whole = part_bytes(tmp_path / "whole")
-    assert len(whole) > 5, run_job.stderr
+    assert len(whole) > 5
     (tmp_path / "disk").mkdir()
     # Room for the plan and about half of the parts; tmpfs counts pages of 4 KiB.
     plan = sum(-(-path.stat().st_size // 4096) for path in (tmp_path / "whole/plan").iterdir()) + 2
     pages = plan + sum(-(-len(part) // 4096) for part in whole.values()) // 2
-    job = " ".join([*command, str(tmp_path / "disk/out")])
+    job = " ".join([sys.executable, "-m", "jobs.transcribe", *options, str(tmp_path / "disk/out")])
     values = {"disk": tmp_path / "disk", "kept": tmp_path / "kept", "job": job, "size": 4096 * pages}
     script = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", FULL_DISK.format(**values)]
     try:

@@ -205,7 +205,13 @@ def test_what_manifests_may_name():
 )
 def test_private_hosts_are_refused_however_they_are_spelt(host):
     with pytest.raises(InputError):
-        check_host(f"http://user:pw@{host}:80/x")
+        check_host(f"http://{host}:80/x")
+
+
+def test_user_and_password_are_refused_and_not_repeated():
+    with pytest.raises(InputError, match="signed URL") as caught:
+        check_host("https://user:canary@example.org/x.wav")
+    assert "canary" not in caught.value.message
 
 
 def test_public_hosts_pass():
