@@ -144,6 +144,8 @@ class TranscribeConfig(InputConfig):
     """CPU actors that read, decode and compute features; default from the cluster's CPUs."""
     model_actors: PoolOption | None = None
     """Actors that run the model, one GPU each, or one CPU thread each; default from the cluster."""
+    model_resource: str | None = None
+    """Custom Ray resource that each model actor takes one of, to place them on nodes that offer it."""
     ray_address: str | None = None
     """Cluster to join; default RAY_ADDRESS (set by `ray job submit`), else a new local one."""
 

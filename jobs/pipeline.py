@@ -47,6 +47,7 @@ class Resources:
         device: "cpu" or "cuda".
         feature_pool, model_pool: fewest and most actors. No feature pool: the model actors run all stages.
         model_cpus: CPUs accounted to each model actor.
+        model_resource: custom resource that each model actor takes one of.
         feature_bytes, model_bytes: memory accounted to each actor.
     """
 
@@ -56,6 +57,7 @@ class Resources:
     model_cpus: float
     feature_bytes: int
     model_bytes: int
+    model_resource: str | None = None
 
     def describe(self) -> str:
         """The pools in words."""
@@ -83,24 +85,26 @@ def plan_resources(
         weight_bytes: of the model in the dtype it runs in.
 
     Raises:
-        ConfigError: the smallest pools do not fit the cluster's memory, or cuda was asked of a cluster without GPUs
-            while no size of the model pool says that it will grow.
+        ConfigError: the smallest pools do not fit the cluster's memory, or the cluster has none of what model actors
+            run on while no size of their pool says that it will grow.
     """
-    cpus, gpus = max(int(cluster.get("CPU", 1)), 1), int(cluster.get("GPU", 0))
-    if device == "cuda" and not gpus and config.model_actors is None:
+    cpus = max(int(cluster.get("CPU", 1)), 1)
+    slot = config.model_resource or ("GPU" if device == "cuda" else None)  # what places for model actors are counted in
+    slots = int(cluster.get(slot, 0)) if slot else cpus
+    if not slots and config.model_actors is None:
         raise ConfigError(
-            "--device cuda, but the cluster has no GPU now; if it is to add GPU nodes, say how many: --model-actors 1:N"
+            f"--device {device}, but the cluster has no {slot} now; if it is to add such nodes, say how many: "
+            "--model-actors N"
         )
-    models_wanted = gpus if device == "cuda" else cpus
-    model_pool = config.model_actors or (1, _at_most(models_wanted, shards))
+    model_pool = config.model_actors or (1, _at_most(slots, shards))
     feature_pool = config.feature_actors
-    if feature_pool is None and device == "cuda":
+    if feature_pool is None and slot:
         feature_pool = (1, _at_most(cpus - 1, shards))
     # A manifest may say anything of a length, but no item is decoded beyond the limit.
     seconds = min(shard_audio_s, max(config.shard_audio_s or 0, DEFAULT_MAX_DURATION_S))
     feature_bytes = READ_AHEAD_BYTES + int(FEATURE_COPIES * seconds * FEATURE_BYTES_PER_S)
     model_bytes = PROCESS_BYTES + 2 * weight_bytes
-    model_cpus = 0.0 if device == "cuda" else CPU_MODEL_SHARE
+    model_cpus = 0.0 if slot else CPU_MODEL_SHARE
     resources = Resources(
         device=device,
         feature_pool=feature_pool,
@@ -108,8 +112,9 @@ def plan_resources(
         model_cpus=model_cpus if feature_pool else CHAINED_SHARE,
         feature_bytes=PROCESS_BYTES + feature_bytes,
         model_bytes=model_bytes if feature_pool else model_bytes + feature_bytes,
+        model_resource=config.model_resource,
     )
-    _check_memory(resources, cluster)
+    _check_memory(resources, cluster, slots)
     return resources
 
 
@@ -117,9 +122,10 @@ def _at_most(wanted: int, shards: int) -> int:
     return max(1, min(wanted, shards))
 
 
-def _check_memory(resources: Resources, cluster: dict[str, float]) -> None:
+def _check_memory(resources: Resources, cluster: dict[str, float], slots: int) -> None:
+    """Refuse what would wait for ever. Model actors without a slot now are for nodes that bring their own memory."""
     features = resources.feature_pool[0] * resources.feature_bytes if resources.feature_pool else 0
-    asked = features + resources.model_pool[0] * resources.model_bytes
+    asked = features + min(resources.model_pool[0], slots) * resources.model_bytes
     available = cluster.get("memory", 0)
     if available and asked > available:
         raise ConfigError(
@@ -159,7 +165,8 @@ def run_shards(
             chain = ([prepare, recognise, commit],)
             dataset = dataset.map_batches(ChainedStages, fn_constructor_args=chain, **model_pool)
         else:
-            gpus = 1 if resources.device == "cuda" else 0
+            slot = {resources.model_resource: 1.0} if resources.model_resource else {}
+            model_pool |= {"num_gpus": 1 if resources.device == "cuda" else 0, "resources": slot}
             commit_pool = (1, -(-resources.model_pool[1] // MODELS_PER_COMMIT_ACTOR))
             dataset = (
                 dataset.map_batches(
@@ -167,7 +174,7 @@ def run_shards(
                     fn_constructor_args=prepare[1],
                     **_pool(resources.feature_pool, FEATURE_SHARE, resources.feature_bytes),
                 )
-                .map_batches(recognise[0], fn_constructor_args=recognise[1], num_gpus=gpus, **model_pool)
+                .map_batches(recognise[0], fn_constructor_args=recognise[1], **model_pool)
                 .map_batches(commit[0], fn_constructor_args=commit[1], **_pool(commit_pool, 0, PROCESS_BYTES))
             )
         for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):

