@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 import torch
-from harness import SPEECH, TINY_CHECKPOINT, print_machine, print_table
+from harness import ROOT, SPEECH, TINY_CHECKPOINT, print_machine, print_table
 
 SAMPLE_EVERY_S = 0.2
 REFERENCE_BATCHES = (1, 4, 16)  # sizes tried; the best one is reported
@@ -94,21 +94,25 @@ def job_run(records: list[dict], repeat: int, shard_audio_s: float | None) -> tu
                 for record in records:
                     identity = f"{number}/{Path(record['audio_filepath']).stem}"
                     file.write(json.dumps(record | {"id": identity}) + "\n")
-        command = [sys.executable, "-m", "jobs.transcribe", "--input", str(manifest), "--output", str(output)]
-        if shard_audio_s is not None:
-            command += ["--shard-audio-s", str(shard_audio_s)]
-        start = time.perf_counter()
-        process = subprocess.Popen([*command, "--model", str(TINY_CHECKPOINT)], start_new_session=True)
-        peaks: dict[str, int] = {}
-        watcher = threading.Thread(target=watch_memory, args=(process, peaks))
-        watcher.start()
-        status = process.wait()
-        watcher.join()
-        if status:
-            raise SystemExit(f"the job ended with {status}")
-        command_s = time.perf_counter() - start
-        receipt = json.loads((output / "receipt.json").read_text())
-        return receipt | {"command_s": command_s, "steady_s": steady_s(output)}, peaks
+        shards = () if shard_audio_s is None else ("--shard-audio-s", str(shard_audio_s))
+        receipt, peaks = command_run(manifest, output, *shards)
+        return receipt | {"steady_s": steady_s(output)}, peaks
+
+
+def command_run(manifest: Path, output: Path, *options: str) -> tuple[dict, dict[str, int]]:
+    """The command over a manifest; its receipt with the seconds of the whole command, and peak memory by process."""
+    command = [sys.executable, "-m", "jobs.transcribe", "--input", str(manifest), "--output", str(output)]
+    start = time.perf_counter()
+    process = subprocess.Popen([*command, "--model", str(TINY_CHECKPOINT), *options], cwd=ROOT, start_new_session=True)
+    peaks: dict[str, int] = {}
+    watcher = threading.Thread(target=watch_memory, args=(process, peaks))
+    watcher.start()
+    status = process.wait()
+    watcher.join()
+    if status:
+        raise SystemExit(f"the job ended with {status}")
+    command_s = time.perf_counter() - start
+    return json.loads((output / "receipt.json").read_text()) | {"command_s": command_s}, peaks
 
 
 def steady_s(output: Path) -> float:
