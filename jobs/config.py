@@ -137,6 +137,8 @@ class TranscribeConfig(InputConfig):
     retry_errors: bool = False
     """Compute again the shards that hold errors which may pass: missing or forbidden objects, failing storage, decoders
     that crashed or met their limits."""
+    verify: int = 0
+    """After the run, do so many sampled items again, each alone in float32, and say how many texts differ."""
     max_error_rate: float = 0.01
     """Share of items that may end as error rows before the job exits with 3. Of crawled audio about 1 % is bad; more is
     rather a wrong path, format or credential, which somebody should look at."""
@@ -153,6 +155,8 @@ class TranscribeConfig(InputConfig):
         super().__post_init__()
         if not 0 <= self.max_error_rate <= 1:
             raise ConfigError(f"--max-error-rate {self.max_error_rate}: expected a share from 0 to 1")
+        if self.verify < 0:
+            raise ConfigError(f"--verify {self.verify}: expected a number of items")
         for name in ("feature_actors", "model_actors"):
             pool = getattr(self, name)
             if pool is not None and not 1 <= pool[0] <= pool[1]:

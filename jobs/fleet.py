@@ -14,9 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from jobs.pipeline import LOST_WORKER_RETRIES
+from jobs.stages import TASKS_PER_ACTOR
 from parakeet_core.errors import ConfigError
-
-SHARDS_PER_ACTOR = 2  # in hand and waiting, as `pipeline` lets each actor have
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,7 @@ class _Simulation:
         self.events: list[tuple[float, int, Callable, int, int]] = []  # time, order of entry, what, of whom, epoch
         self.to_prepare = deque(range(len(audio_s)) if fleet.features else ())
         self.waiting = deque(() if fleet.features else range(len(audio_s)))  # shards whose features are there
-        self.preparing, self.room = 0, SHARDS_PER_ACTOR * fleet.models + fleet.features
+        self.preparing, self.room = 0, TASKS_PER_ACTOR * fleet.models + fleet.features
         self.shard: list[int | None] = [None] * fleet.models
         self.began, self.epoch = [0.0] * fleet.models, [0] * fleet.models
         self.up_since: list[float | None] = [None] * fleet.models

@@ -8,6 +8,7 @@ an item or with its node, is tried again a little slower and gives the same rows
 starts the actor again and gives it the calls that were lost with it first. Nothing has to be written down.
 """
 
+import functools
 import math
 import os
 import resource
@@ -24,6 +25,7 @@ from parakeet_core.audio_isolated import MEMORY_BYTES, IsolatedDecoder, decoding
 from parakeet_core.errors import ErrorKind, InputError
 
 
+@functools.cache
 def was_restarted() -> bool:
     """Whether this process is a Ray actor that took the place of a lost one."""
     context = ray.get_runtime_context() if ray.is_initialized() else None

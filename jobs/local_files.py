@@ -50,7 +50,7 @@ def write_local(path: str, data: bytes | IO[bytes], exclusive: bool, temporary_f
     finally:
         with suppress(FileNotFoundError):  # a rename has taken it away
             os.unlink(temporary)
-    _sync_folder(folder)
+    sync_folder(folder)
     return True
 
 
@@ -109,7 +109,7 @@ def _remove_if_dead(path: str, own: bool) -> bool:
         os.close(handle)
 
 
-def _sync_folder(folder: str) -> None:
+def sync_folder(folder: str) -> None:
     """The rename itself reaches the disk only with the folder."""
     handle = os.open(folder, os.O_RDONLY)
     try:

@@ -23,7 +23,8 @@ from jobs.plan_store import RACE, Generation, list_generations, planned_items, r
 from jobs.planning import plan_shards
 from jobs.progress import Tally, hours
 from jobs.report import Receipt, merge_tallies
-from jobs.resume import account_earlier, pack_shards
+from jobs.resume import account_earlier
+from jobs.shard_names import pack_shards
 from jobs.storage import Storage
 from parakeet_core.errors import ConfigError, InputError
 

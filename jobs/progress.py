@@ -38,8 +38,9 @@ class Tally:
     errors_by_kind: dict[str, int] = field(default_factory=dict)
     stage_s: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
 
-    def add(self, facts: PartFacts) -> None:
-        self.shards += 1
+    def add(self, facts: PartFacts, shards: int = 1) -> None:
+        """Add the counts of one file of the table, which holds so many shards."""
+        self.shards += shards
         for name in ("rows", "ok", "empty", "errors", "audio_s", "lost_s", "word_errors", "reference_words"):
             setattr(self, name, getattr(self, name) + getattr(facts, name))
         for kind, count in facts.errors_by_kind.items():

@@ -30,7 +30,8 @@ class Receipt:
         shards, shards_done, shards_this_run: planned; committed; committed by this run.
         complete: every planned shard has its part.
         fingerprint: of model and dtype.
-        accounted: the shards that the sums hold, as `resume.pack_shards` writes them.
+        verification: the fields of `verify.Verification`; None if none was asked for.
+        accounted: the shards that the sums hold, as `shard_names.pack_shards` writes them.
     """
 
     items_in: int
@@ -66,6 +67,7 @@ class Receipt:
     started_at: str
     finished_at: str
     version: str
+    verification: dict | None = None
 
     @property
     def exit_code(self) -> int:
@@ -76,6 +78,12 @@ class Receipt:
 
     def write(self, output: Storage) -> None:
         output.write_atomic(RECEIPT_FILE, json.dumps(asdict(self), indent=1).encode())
+
+
+def add_to_receipt(output: Storage, **fields) -> None:
+    """Set fields of the receipt on storage, whichever run has written it."""
+    record = json.loads(output.read_bytes(RECEIPT_FILE)) | fields
+    output.write_atomic(RECEIPT_FILE, json.dumps(record, indent=1).encode())
 
 
 def summarise(receipt: Receipt, resume_hint: str) -> str:

@@ -5,14 +5,14 @@ again but those that came after the last receipt: their counts are in their foot
 """
 
 import json
-from collections.abc import Iterable
 from dataclasses import dataclass
 
-from jobs.parts import committed_shards, read_part_facts
+from jobs.parts import find_committed, read_facts
 from jobs.progress import Tally
 from jobs.report import RECEIPT_FILE
+from jobs.shard_names import unpack_shards
 from jobs.storage import Storage
-from parakeet_core.errors import RETRYABLE_KINDS
+from parakeet_core.errors import RETRYABLE_KINDS, ConfigError
 
 
 @dataclass
@@ -40,15 +40,21 @@ def account_earlier(output: Storage, fingerprint: str, planned: set[str], retry_
     Raises:
         ConfigError: the table's folder holds files of another origin.
     """
-    committed = committed_shards(output, fingerprint, planned)
+    committed = find_committed(output, fingerprint, planned)
+    if committed.doubled:
+        raise ConfigError(
+            f"{output.url}: merging of the table's parts was stopped, and {len(committed.doubled)} shards stand in two "
+            "files; finish it with `python -m jobs.compact --replace` on this output"
+        )
     shards, tally, complete = _read_receipt(output, fingerprint)
-    if not shards <= committed or (retry_errors and not RETRYABLE_KINDS.isdisjoint(tally.errors_by_kind)):
+    known = shards <= committed.shards and all(held <= shards or not held & shards for held in committed.files.values())
+    if not known or (retry_errors and not RETRYABLE_KINDS.isdisjoint(tally.errors_by_kind)):
         shards, tally = set(), Tally()
-    unaccounted = committed - shards
-    for shard, facts in read_part_facts(output, unaccounted, fingerprint).items():
+    unaccounted = {name: held for name, held in committed.files.items() if not held <= shards}
+    for name, facts in read_facts(output, unaccounted).items():
         if not (retry_errors and not RETRYABLE_KINDS.isdisjoint(facts.errors_by_kind)):
-            tally.add(facts)
-            shards.add(shard)
+            tally.add(facts, len(unaccounted[name]))
+            shards |= unaccounted[name]
     return Earlier(shards, tally, complete and not unaccounted)
 
 
@@ -77,29 +83,3 @@ def _read_receipt(output: Storage, fingerprint: str) -> tuple[set[str], Tally, b
         return (shards, tally, bool(found["complete"])) if holds else nothing
     except (ValueError, KeyError, TypeError, AttributeError):
         return nothing  # the counts are in the parts, too
-
-
-def pack_shards(shards: Iterable[str]) -> dict[str, str]:
-    """Shard names in few bytes: generation and plan -> ranges of numbers, as in "0-99,102"."""
-    numbers: dict[str, list[int]] = {}
-    for shard in sorted(shards):
-        generation, number, plan = shard.split("-")
-        numbers.setdefault(f"{generation}-{plan}", []).append(int(number))
-    return {key: _ranges(values) for key, values in numbers.items()}
-
-
-def _ranges(numbers: list[int]) -> str:
-    edges = [index for index in range(1, len(numbers)) if numbers[index] != numbers[index - 1] + 1]
-    spans = zip([0, *edges], [*edges, len(numbers)], strict=True)
-    return ",".join(f"{numbers[first]}-{numbers[end - 1]}" for first, end in spans)
-
-
-def unpack_shards(packed: dict[str, str]) -> set[str]:
-    """The shard names that `pack_shards` was given."""
-    shards = set()
-    for key, ranges in packed.items():
-        generation, plan = key.split("-")
-        for span in ranges.split(","):
-            first, last = span.split("-")
-            shards.update(f"{generation}-{number:06d}-{plan}" for number in range(int(first), int(last) + 1))
-    return shards

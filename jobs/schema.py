@@ -123,17 +123,17 @@ def part_facts(table: pa.Table) -> PartFacts:
     )
 
 
-def part_metadata(provenance: dict[str, str], shard: str, facts: PartFacts) -> dict[bytes, bytes]:
-    """Key-value metadata of a part: schema version, provenance, shard id, counts. The same for the same rows."""
-    values = {
-        "schema_version": str(SCHEMA_VERSION),
-        **provenance,
-        "shard": shard,
-        "facts": json.dumps(vars(facts), sort_keys=True),
-    }
+def file_metadata(provenance: dict[str, str], facts: PartFacts, held: dict[str, str]) -> dict[bytes, bytes]:
+    """Key-value metadata of a file of the table: the same for the same rows.
+
+    Args:
+        held: which shards, as {"shard": name} or {"shards": packed names}.
+    """
+    counts = json.dumps(vars(facts), sort_keys=True)
+    values = {"schema_version": str(SCHEMA_VERSION), **provenance, **held, "facts": counts}
     return {f"{METADATA_PREFIX}{key}".encode(): value.encode() for key, value in values.items()}
 
 
 def facts_of_metadata(metadata: dict[bytes, bytes]) -> PartFacts:
-    """The counts that `part_metadata` stored. Raises KeyError or ValueError for a part of another program."""
+    """The counts that `file_metadata` stored. Raises KeyError or ValueError for a part of another program."""
     return PartFacts(**json.loads(metadata[f"{METADATA_PREFIX}facts".encode()]))

@@ -6,7 +6,6 @@ Between stages a shard is one row of one block: its id and a payload, an Arrow I
 cannot be split, whatever the block size limits are, so a stage always holds a whole shard, and a part all of its rows.
 """
 
-import functools
 import json
 import os
 import platform
@@ -16,7 +15,6 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 import pyarrow as pa
-import ray
 import torch
 
 from jobs.connections import StorageOptions, scrub
@@ -25,7 +23,7 @@ from jobs.models import ModelReference
 from jobs.parts import commit_part, part_name
 from jobs.plan_store import read_shard
 from jobs.reading import ReadItem, SourceFile, read_items
-from jobs.schema import TRANSCRIPT_SCHEMA, part_facts, part_metadata, round_words, word_error_rate
+from jobs.schema import TRANSCRIPT_SCHEMA, file_metadata, part_facts, round_words, word_error_rate
 from jobs.storage import Storage
 from parakeet_core.config import FrontendConfig
 from parakeet_core.decoding import Tokens, group_words
@@ -93,13 +91,6 @@ def worker_name() -> str:
     return f"{platform.node()}:{os.getpid()}"
 
 
-@functools.cache
-def started_again() -> bool:
-    """Whether this actor stands in for one whose process or node was lost."""
-    context = ray.get_runtime_context() if ray.is_initialized() else None
-    return bool(context and context.get_actor_id() and context.was_current_actor_reconstructed)
-
-
 def pack_shard(shard: str, table: pa.Table, clock: StageClock) -> pa.Table:
     """A block of one row that carries a shard from one stage to the next."""
     sink = pa.BufferOutputStream()
@@ -159,7 +150,7 @@ class PrepareShards:
 
     def __call__(self, block: pa.Table) -> pa.Table:
         task = block.slice(0, 1).to_pylist()[0]
-        clock = StageClock(feature_worker=worker_name(), feature_worker_again=started_again())
+        clock = StageClock(feature_worker=worker_name(), feature_worker_again=was_restarted())
         rows = clock.timed("storage", read_shard, self.output, task["plan_file"], task["row_group"])
         with self.decoder.shard():
             prepared = [self._prepare(item, clock) for item in self._items(rows, clock)]
@@ -237,7 +228,7 @@ class RecogniseShards:
 
     def __call__(self, block: pa.Table) -> pa.Table:
         shard, items, clock = unpack_shard(block)
-        clock.model_worker, clock.model_worker_again = worker_name(), started_again()
+        clock.model_worker, clock.model_worker_again = worker_name(), was_restarted()
         wanted = [index for index, frames in enumerate(items["frames"].to_pylist()) if frames is not None]
         features = [self._features(items["features"][index], items["frames"][index].as_py()) for index in wanted]
         results = dict(zip(wanted, clock.timed("model", self.engine.recognise, features), strict=True))
@@ -296,7 +287,7 @@ class CommitShards:
         shard, items, clock = unpack_shard(block)
         table = clock.timed("write", self.transcripts, items)
         facts = part_facts(table)
-        metadata = part_metadata(self.provenance, shard, facts)
+        metadata = file_metadata(self.provenance, facts, {"shard": shard})
         name = part_name(shard, self.fingerprint)
         part_bytes = clock.timed("write", commit_part, self.output, name, table, metadata)
         result = {"shard": shard, "part_bytes": part_bytes, "facts": json.dumps(vars(facts)), **asdict(clock)}

@@ -10,6 +10,7 @@ import re
 import signal
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict, replace
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -21,17 +22,18 @@ from jobs.config import TranscribeConfig
 from jobs.connections import scrub
 from jobs.metrics import JobMetrics
 from jobs.ownership import claim_output
-from jobs.parts import committed_shards
+from jobs.parts import find_committed
 from jobs.pipeline import LOST_WORKER_RETRIES, plan_resources, run_shards
 from jobs.plan import dry_run
 from jobs.plan_store import list_generations, planned_items
 from jobs.preparation import Run, identify, prepare
 from jobs.progress import ProgressDisplay
 from jobs.ray_session import ray_session
-from jobs.report import EventLog, Receipt, summarise
+from jobs.report import EventLog, Receipt, add_to_receipt, summarise
 from jobs.report_html import write_report
 from jobs.schema import PartFacts
 from jobs.storage import Storage
+from jobs.verify import verify_table
 from parakeet_core.checkpoint import DTYPES
 from parakeet_core.errors import ConfigError, InputError, ParakeetError
 
@@ -57,12 +59,13 @@ def run(config: TranscribeConfig) -> Receipt:
         JobStoppedError: stopped in the middle; calling again resumes.
     """
     state = prepare(config)
-    if state.identity is not None and not state.missing_shards().num_rows:
+    if state.identity is not None and not state.missing_shards().num_rows and not config.verify:
         return _nothing_to_do(state)
     with ray_session(config.ray_address) as cluster:
         _settle(state, cluster)
         todo = state.missing_shards()
-        return _transcribe(state, todo, cluster) if todo.num_rows else _nothing_to_do(state)
+        receipt = _transcribe(state, todo, cluster) if todo.num_rows else _nothing_to_do(state)
+        return _verify(state, receipt) if config.verify else receipt
 
 
 def _settle(state: Run, cluster: dict[str, float]) -> None:
@@ -129,7 +132,7 @@ def _transcribe(state: Run, todo: pa.Table, cluster: dict[str, float]) -> Receip
                 state.commit(result["shard"])
                 metrics.update(facts, result, display.model_idle_share())
                 events.add_shard(result)
-        committed_shards(state.output, state.fingerprint, set(state.shards["shard"].to_pylist()))
+        find_committed(state.output, state.fingerprint, set(state.shards["shard"].to_pylist()))
     except ray.exceptions.RayActorError as error:
         raise JobStoppedError(
             f"workers were lost more than {LOST_WORKER_RETRIES} times on one shard, by nodes that went or too little "
@@ -146,6 +149,21 @@ def _transcribe(state: Run, todo: pa.Table, cluster: dict[str, float]) -> Receip
         state.model_idle_share = display.model_idle_share()
         _close_if_possible(state, events, page)
     return _finish(state)
+
+
+def _verify(state: Run, receipt: Receipt) -> Receipt:
+    """Do a sample of the table again, and add what came of it to the receipt."""
+    planned = set(state.shards["shard"].to_pylist())
+    try:
+        files = find_committed(state.output, state.fingerprint, planned).files
+        where = state.output, state.shards, files, state.sources
+        found = verify_table(*where, state.model, state.device, state.config.verify)
+        add_to_receipt(state.output, verification=asdict(found))
+    except (ray.exceptions.RayError, InputError) as error:
+        cause = scrub(root_cause(error), state.output.options)
+        raise JobStoppedError(f"the table is there, but could not be verified: {cause}; {RESUME_HINT}") from error
+    print(f"verify  {found.describe()}")
+    return replace(receipt, verification=asdict(found))
 
 
 def root_cause(error: BaseException) -> str:

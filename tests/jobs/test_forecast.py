@@ -5,10 +5,11 @@ import math
 import re
 from collections import Counter
 from datetime import datetime
+from urllib.parse import parse_qs
 
 import numpy as np
 import pytest
-from counting_proxy import counting_proxy
+from fault_proxy import FaultProxy, Request
 from job_layouts import job_config
 from job_samples import audio_bytes
 
@@ -63,14 +64,13 @@ def test_shards_that_cannot_be_finished_are_refused():
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_real_run_on_s3_is_as_forecast(s3_server, monkeypatch):
-    for name, value in (("ACCESS_KEY_ID", s3_server.key), ("SECRET_ACCESS_KEY", s3_server.secret), ("REGION", "x")):
-        monkeypatch.setenv(f"AWS_{name}", value)
     bucket = s3_server.bucket()
     (s3_server.folder / bucket / "in").mkdir()
     for number in range(ITEMS):
         (s3_server.folder / bucket / f"in/{number:03d}.wav").write_bytes(audio_bytes(ITEM_S))
-    with counting_proxy(s3_server.endpoint_url) as proxy:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint_url)
+    with FaultProxy(s3_server.endpoint_url) as proxy:
+        for name, value in s3_server.variables(proxy.endpoint_url).items():
+            monkeypatch.setenv(name, value)
         job = job_config(f"s3://{bucket}/in", f"s3://{bucket}/out", shard_audio_s=SHARD_S, model_actors=(2, 2))
         receipt = run(job)
     config = ForecastConfig(
@@ -79,7 +79,7 @@ def test_a_real_run_on_s3_is_as_forecast(s3_server, monkeypatch):
     plan = forecast_plan(config)
     assert (plan.items, plan.shards) == (receipt.items_in, receipt.shards)
 
-    counted = Counter(purpose(method, path.removeprefix(f"/{bucket}")) for method, path in proxy.requests)
+    counted = Counter(purpose(request, bucket) for request in proxy.seen)
     forecast = count_requests(plan, config, receipt.wall_s)
     forecast["get audio"] += forecast.pop("get headers")  # the same objects
     for name in forecast.keys() - {"put events", "list parts"}:
@@ -94,8 +94,11 @@ def test_a_real_run_on_s3_is_as_forecast(s3_server, monkeypatch):
     assert wall_s / WALL_FACTOR < simulate_run(plan.shard_audio_s, fleet).wall_s < wall_s * WALL_FACTOR
 
 
-def purpose(method: str, path: str) -> str:
+def purpose(request: Request, bucket: str) -> str:
     """The name that the forecast gives a request."""
+    method, path = request.method, request.path.removeprefix(f"/{bucket}")
+    if request.is_listing:
+        method, path = "LIST", f"/{parse_qs(request.query).get('prefix', [''])[0]}"
     kinds = [
         ("LIST /in/", "list input"),
         (r"(GET|HEAD) /in/", "get audio"),

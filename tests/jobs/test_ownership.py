@@ -11,7 +11,7 @@ from jobs.ownership import JOB_FILE, JobIdentity, claim_output
 from jobs.plan_rows import plan_batch
 from jobs.plan_store import list_generations, write_plan
 from jobs.planning import PlanOptions, plan_shards
-from jobs.resume import pack_shards, unpack_shards
+from jobs.shard_names import pack_shards, unpack_shards
 from jobs.storage import Storage
 from parakeet_core.errors import ConfigError
 
