@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from jobs.connections import StorageOptions, scrub
 from jobs.inputs import InputOptions, scan_input
 from jobs.ownership import JOB_FILE, recorded_fingerprint
-from jobs.parts import TABLE_FOLDER, committed_shards, part_name
+from jobs.parts import TABLE_FOLDER, find_committed
 from jobs.plan_store import list_generations, read_plan, read_shard, write_plan
 from jobs.planning import PlanOptions, plan_shards
 from jobs.reading import ReadItem, read_items
@@ -34,7 +34,7 @@ class LabelledShard:
         name: of the shard, unique in its split.
         plan: where its plan lies.
         plan_file, row_group: its rows there.
-        table: the transcript part with its texts, by URL; None where the items bring their references.
+        table: the file of transcripts that holds its texts, under `plan`; None where the items bring their references.
         min_confidence: rows of the table below it count as having no text.
         sources: how to reach the audio.
     """
@@ -102,8 +102,8 @@ def _has_suffix(url: str) -> bool:
 def _transcript_shards(number: int, source: Storage, min_confidence: float) -> list[LabelledShard]:
     fingerprint = recorded_fingerprint(source)
     rows = read_plan(source, list_generations(source)).to_pylist()
-    done = committed_shards(source, fingerprint, {row["shard"] for row in rows})
-    rows = [row for row in rows if row["shard"] in done]
+    committed = find_committed(source, fingerprint, {row["shard"] for row in rows})
+    file_of = {shard: name for name, shards in committed.files.items() for shard in shards}
     return [
         LabelledShard(
             f"{number}-{row['shard']}",
@@ -111,10 +111,11 @@ def _transcript_shards(number: int, source: Storage, min_confidence: float) -> l
             row["plan_file"],
             row["row_group"],
             source.options,
-            part_name(row["shard"], fingerprint),
+            f"{TABLE_FOLDER}/{file_of[row['shard']]}",
             min_confidence,
         )
         for row in rows
+        if row["shard"] in file_of
     ]
 
 

@@ -4,7 +4,7 @@ import shutil
 
 import pyarrow.parquet as pq
 import pytest
-from counting_proxy import counting_proxy
+from fault_proxy import FaultProxy
 from job_layouts import job_config
 from job_samples import audio_bytes
 
@@ -21,29 +21,30 @@ def test_committed_shards_are_neither_read_nor_computed_again(layouts, s3_server
     shutil.copytree(layouts["files"], folder / "in")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", s3_server.key)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", s3_server.secret)
-    with counting_proxy(s3_server.endpoint_url) as proxy:
+    with FaultProxy(s3_server.endpoint_url) as proxy:
         config = job_config(
             f"s3://{bucket}/in", f"s3://{bucket}/out", shard_audio_s=10, s3_endpoint_url=proxy.endpoint_url
         )
 
         def asked(method: str) -> list[str]:
-            """Paths of the requests of the last run."""
-            return [path.removeprefix(f"/{bucket}/") for kind, path in proxy.requests if kind == method]
+            """Paths of the requests of the last run, listings aside."""
+            requests = [request for request in proxy.seen if request.method == method and not request.is_listing]
+            return [request.path.removeprefix(f"/{bucket}/") for request in requests]
 
         first = run(config)
         assert first.shards_this_run == first.shards > 3
-        proxy.requests.clear()
+        proxy.seen.clear()
         again = run(config)
         assert (again.shards_this_run, again.ok, again.hours_done) == (0, first.ok, first.hours_done)
         assert asked("PUT") == []
         assert not [path for path in asked("GET") if path.endswith(AUDIO) or "/transcripts/" in path]
-        assert len(proxy.requests) < 40, proxy.requests
+        assert len(proxy.seen) < 40, proxy.seen
 
         lost = sorted((folder / "out/transcripts").iterdir())[1]
         sources = {row["source"] for row in pq.read_table(lost).to_pylist()}
         content = lost.read_bytes()
         lost.unlink()
-        proxy.requests.clear()
+        proxy.seen.clear()
         assert run(config).shards_this_run == 1
         assert lost.read_bytes() == content
         assert {f"s3://{bucket}/{path}" for path in asked("GET") if path.endswith(AUDIO)} == sources
@@ -56,7 +57,7 @@ def test_footers_are_read_only_of_parts_that_the_receipt_does_not_hold(layouts, 
     bucket = s3_server.bucket()
     out = s3_server.folder / bucket / "out"
     shutil.copytree(layouts["files"], tmp_path / "in")
-    with counting_proxy(s3_server.endpoint_url) as proxy:
+    with FaultProxy(s3_server.endpoint_url) as proxy:
         config = job_config(tmp_path / "in", f"s3://{bucket}/out", shard_audio_s=10, s3_endpoint_url=proxy.endpoint_url)
         run(config)
         receipt, parts = (out / "receipt.json").read_bytes(), {path.name for path in (out / "transcripts").iterdir()}
@@ -64,9 +65,10 @@ def test_footers_are_read_only_of_parts_that_the_receipt_does_not_hold(layouts, 
         grown = run(config)
         (out / "receipt.json").write_bytes(receipt)  # as if that run had been killed before it wrote its own
         late = {path.name for path in (out / "transcripts").iterdir()} - parts
-        proxy.requests.clear()
+        proxy.seen.clear()
         state = prepare(config)
-        opened = {path.rsplit("/", 1)[1] for kind, path in proxy.requests if kind == "GET" and "/transcripts/" in path}
+        paths = [request.path for request in proxy.seen if request.method == "GET" and not request.is_listing]
+        opened = {path.rsplit("/", 1)[1] for path in paths if "/transcripts/" in path}
         assert opened == late
         found = state.receipt()
         assert (found.complete, found.ok, found.empty) == (True, grown.ok, grown.empty)
