@@ -5,7 +5,6 @@ Source of the names: NeMo `collections/asr` (ConformerEncoder, ConvASRDecoder, A
 
 import lzma
 import math
-import pickle
 import re
 import tarfile
 import zlib
@@ -25,7 +24,9 @@ from parakeet_core.tokenizer import SentencePieceTokenizer, check_pieces
 
 CONFIG, WEIGHTS = "model_config.yaml", "model_weights.ckpt"
 UNREADABLE = (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError)  # what damaged archives raise
-SMALL_MEMBER_BYTES = 64 << 20  # config and tokenizer; public ones are under 2 MB
+SMALL_MEMBER_BYTES = 64 << 20  # of the tokenizer; public ones are under 2 MB
+CONFIG_BYTES = 4 << 20  # public ones are under 100 KB; reading 1 MB of YAML takes seconds
+NUMBER_CHARACTERS = 100  # in the configuration
 
 RENAMES = (  # theirs -> ours, applied in order
     (r"^encoder\.pre_encode\.conv\.", "encoder.subsampling.layers."),
@@ -50,7 +51,7 @@ def read_nemo_archive(path: Path) -> CheckpointSource:
     try:
         with tarfile.open(path, "r:*") as archive:
             members = _members(archive)
-            config = _config(path, _small(path, archive, members, CONFIG))
+            config = _config(path, _small(path, archive, members, CONFIG, CONFIG_BYTES))
             _refuse(path, config)
             tokenizer_name = config["tokenizer"]["model_path"].removeprefix("nemo:")
             tokenizer = SentencePieceTokenizer(
@@ -77,17 +78,41 @@ def _member(path: Path, archive: tarfile.TarFile, members: dict[str, tarfile.Tar
     return archive.extractfile(members[name])
 
 
-def _small(path: Path, archive: tarfile.TarFile, members: dict[str, tarfile.TarInfo], name: str) -> bytes:
+def _small(
+    path: Path,
+    archive: tarfile.TarFile,
+    members: dict[str, tarfile.TarInfo],
+    name: str,
+    most_bytes: int = SMALL_MEMBER_BYTES,
+) -> bytes:
     with _member(path, archive, members, name) as stream:
-        content = stream.read(SMALL_MEMBER_BYTES + 1)
-    if len(content) > SMALL_MEMBER_BYTES:
-        raise CheckpointError(f"{path}: {name} has {members[name].size} bytes, expected at most {SMALL_MEMBER_BYTES}")
+        content = stream.read(most_bytes + 1)
+    if len(content) > most_bytes:
+        raise CheckpointError(f"{path}: {name} has {members[name].size} bytes, expected at most {most_bytes}")
     return content
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """Refuses what makes few bytes cost much: aliases, which NeMo does not write, and numbers such as 1:1:1:..., whose
+    evaluation takes the square of their length."""
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError(
+                f"alias *{self.peek_event().anchor:.50}: aliases are not read, write out what it means"
+            )
+        return super().compose_node(parent, index)
+
+    def compose_scalar_node(self, anchor):
+        node = super().compose_scalar_node(anchor)
+        if node.tag != "tag:yaml.org,2002:str" and len(node.value) > NUMBER_CHARACTERS:
+            raise yaml.YAMLError(f"a number of {len(node.value)} characters")
+        return node
 
 
 def _config(path: Path, content: bytes) -> dict:
     try:
-        config = yaml.safe_load(content)
+        config = _PlainLoader(content).get_single_data()
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
         raise CheckpointError(f"{path}: {CONFIG} is not readable YAML ({error})") from error
     if not isinstance(config, dict):
@@ -149,12 +174,16 @@ def _weights(path: Path, archive: tarfile.TarFile, members: dict, hybrid: bool) 
     with _member(path, archive, members, WEIGHTS) as stream:
         try:
             found = torch.load(stream, map_location="cpu", weights_only=True)
-        except (RuntimeError, pickle.UnpicklingError, ValueError, KeyError, EOFError) as error:
-            raise CheckpointError(f"{path}: {WEIGHTS} is not a file of tensors alone ({error})") from error
-    if not isinstance(found, dict) or not all(isinstance(tensor, Tensor) for tensor in found.values()):
-        raise CheckpointError(f"{path}: {WEIGHTS}: expected a mapping of names to tensors")
+        except Exception as error:  # noqa: BLE001 - torch's unpickler answers damage with exceptions of any kind
+            raise CheckpointError(f"{path}: {WEIGHTS} is not a file of tensors alone ({error!s:.500})") from error
+    if not isinstance(found, dict) or not all(_is_dense(tensor) for tensor in found.values()):
+        raise CheckpointError(f"{path}: {WEIGHTS}: expected a mapping of names to dense tensors")
     dropped = f"{DROPPED}|{DROPPED_IN_HYBRIDS}" if hybrid else DROPPED
     return {_our_name(str(name)): tensor for name, tensor in found.items() if not re.search(dropped, str(name))}
+
+
+def _is_dense(value: object) -> bool:
+    return isinstance(value, Tensor) and value.layout is torch.strided and not (value.is_meta or value.is_nested)
 
 
 def _our_name(name: str) -> str:
@@ -179,7 +208,7 @@ def _model_config(path: Path, config: dict, shapes: dict[str, tuple[int, ...]]) 
     encoder["attention_bias"] = "encoder.layers.0.feed_forward1.linear1.bias" in shapes
     encoder["convolution_bias"] = "encoder.layers.0.conv.depthwise_conv.bias" in shapes
     if encoder.get("subsampling_conv_channels") == -1:  # NeMo: as wide as the model
-        encoder["subsampling_conv_channels"] = encoder["d_model"]
+        encoder["subsampling_conv_channels"] = encoder.get("d_model")
     encoder.setdefault("xscaling", True)
     names = {
         "d_model": "d_model", "n_layers": "n_layers", "n_heads": "n_heads", "d_ff": "d_ff", "conv_kernel": "kernel",
@@ -205,7 +234,7 @@ def _frontend_config(preprocessor: dict, where: str) -> FrontendConfig:
         found["hop_length"] = round(found.get("window_stride", 0.01) * rate)
         if found.get("n_fft") is None:  # NeMo: the next power of two
             found["n_fft"] = 2 ** math.ceil(math.log2(found["win_length"]))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise CheckpointError(
             f"{where}: the preprocessor's rate and window are not positive numbers ({error})"
         ) from error

@@ -10,6 +10,8 @@ from typing import Literal, get_args
 
 from parakeet_core.errors import CheckpointError
 
+MAX_N_FFT = 1 << 14  # 1 s at 16 kHz; published front ends have 512. The mel bank of 2^24 would take 5 GiB
+MAX_RATE_HZ = 1_000_000  # as of recordings (audio_info.py)
 Reduction = Literal["mean", "sum", "none"]
 
 
@@ -29,6 +31,16 @@ class FrontendConfig:
             raise CheckpointError(
                 f"front end: expected 0 < hop <= window <= n_fft samples, found hop {self.hop_length}, "
                 f"window {self.win_length}, n_fft {self.n_fft}"
+            )
+        if self.n_fft > MAX_N_FFT or not 1 <= self.n_mels <= self.n_fft // 2 + 1:
+            raise CheckpointError(
+                f"front end: expected n_fft up to {MAX_N_FFT} and 1 to n_fft / 2 + 1 mel bins, "
+                f"found n_fft {self.n_fft}, {self.n_mels} bins"
+            )
+        if not 1 <= self.sample_rate_hz <= MAX_RATE_HZ or not 0 <= self.preemphasis <= 1:
+            raise CheckpointError(
+                f"front end: expected 1 to {MAX_RATE_HZ} Hz and a preemphasis from 0 to 1, found "
+                f"{self.sample_rate_hz} Hz, {self.preemphasis}"
             )
 
     @property
@@ -77,6 +89,10 @@ class EncoderConfig:
             wrong.append(
                 f"subsampling factor {self.subsampling_factor} is not a power of its stride {self.subsampling_stride}"
             )
+        rates = ("dropout", "dropout_positions", "activation_dropout", "attention_dropout", "layerdrop")
+        wrong += [
+            f"{name} is {getattr(self, name)} (expected 0 to 1)" for name in rates if not 0 <= getattr(self, name) <= 1
+        ]
         if wrong:
             raise CheckpointError("encoder configuration: " + "; ".join(wrong))
 

@@ -46,8 +46,17 @@ RETRYABLE_KINDS = frozenset(
 )
 
 
+MESSAGE_CHARACTERS = 4000  # a message repeats what was found, which a damaged or hostile file can make a gigabyte
+
+
 class ParakeetError(Exception):
-    """Base of every error raised on purpose by this project."""
+    """Base of every error raised on purpose by this project; a message that is too long loses its middle."""
+
+    def __init__(self, message: str = ""):
+        if len(message) > MESSAGE_CHARACTERS:
+            half = MESSAGE_CHARACTERS // 2
+            message = f"{message[:half]} [{len(message) - 2 * half} characters left out] {message[-half:]}"
+        super().__init__(message)
 
 
 class CheckpointError(ParakeetError):
@@ -73,7 +82,7 @@ class InputError(ParakeetError):
     def __init__(self, kind: ErrorKind, message: str):
         super().__init__(message)
         self.kind = ErrorKind(kind)
-        self.message = message
+        self.message = str(self)
 
     def __reduce__(self):  # survives the way between processes
         return type(self), (self.kind, self.message)

@@ -40,8 +40,10 @@ class TokenizerJson:
     def __init__(self, content: str, name: str = "tokenizer.json"):
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(content)
-        except Exception as error:  # noqa: BLE001 - the library raises bare Exception
-            raise CheckpointError(f"{name}: not a tokenizer that the tokenizers library reads ({error})") from error
+        except BaseException as error:  # noqa: BLE001 - the library raises bare Exception, and panics that are not even one
+            if isinstance(error, KeyboardInterrupt | SystemExit):
+                raise
+            raise CheckpointError(f"{name}: not a tokenizer that the library reads ({error!s:.500})") from error
         size = self._tokenizer.get_vocab_size()
         self.pieces = [self._tokenizer.id_to_token(i) or "" for i in range(size)]
 
@@ -70,9 +72,9 @@ class SentencePieceTokenizer:
         self._processor = sentencepiece.SentencePieceProcessor()
         try:
             self._processor.LoadFromSerializedProto(content)
-        except RuntimeError as error:
+            self.pieces = [self._processor.IdToPiece(i) for i in range(self._processor.GetPieceSize())]
+        except (RuntimeError, UnicodeDecodeError) as error:
             raise CheckpointError(f"{name}: not a SentencePiece model ({error})") from error
-        self.pieces = [self._processor.IdToPiece(i) for i in range(self._processor.GetPieceSize())]
 
     def encode(self, text: str) -> list[int]:
         return self._processor.EncodeAsIds(text)

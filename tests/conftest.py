@@ -11,6 +11,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 import torch
+from fuzz_sandbox import Sandbox
 from s3_server import serve_s3
 
 REPO = Path(__file__).resolve().parents[1]
@@ -27,6 +28,14 @@ def _one_thread():
     torch.set_num_threads(
         1
     )  # small models: with two threads on two busy cores the parity tests took five times as long
+
+
+@pytest.fixture(scope="module")
+def sandbox():
+    """A process for damaged input; see `fuzz_sandbox.py`."""
+    sandbox = Sandbox()
+    yield sandbox
+    sandbox.close()
 
 
 @dataclass(frozen=True)

@@ -220,7 +220,7 @@ def test_weights_that_are_no_mapping_of_tensors(tmp_path, model):
         buffer = io.BytesIO()
         torch.save(content, buffer)
         path = write_nemo(tmp_path / "m.nemo", model, weights=buffer.getvalue())
-        assert "expected a mapping of names to tensors" in refusal(path)
+        assert "expected a mapping of names to dense tensors" in refusal(path)
 
 
 @pytest.mark.parametrize("prefix", ["../", "../../outside/", "/tmp/parakeet-outside/", "./a/../../"])
