@@ -6,11 +6,46 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parents[2]
 PROMPTS, TINY_EN = REPO / "tests/data/prompts", REPO / "tests/data/tiny-en"
 WAIT_S = 240  # a run takes some 20 s on two free cores
+
+
+def session_members(session: int, name: str = "") -> list[int]:
+    """Processes of a session whose command line holds `name`."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                same_session = os.getsid(int(entry.name)) == session
+                command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            except (ProcessLookupError, FileNotFoundError, PermissionError):
+                continue
+            if same_session and name in command:
+                found.append(int(entry.name))
+    return found
+
+
+def count_parts(output: Path) -> int:
+    """Parts committed so far."""
+    return len(list(Path(output, "transcripts").glob("part-*.parquet")))
+
+
+def wait_until(condition: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + WAIT_S
+    while not condition():
+        if time.monotonic() > deadline:
+            raise AssertionError(f"no {what} within {WAIT_S} s")
+        time.sleep(0.05)
+
+
+def transcription(source: Path, output: Path) -> list[str]:
+    """Module and arguments of the job over the carried model."""
+    given = ["--input", str(source), "--output", str(output), "--model", str(TINY_EN), "--device", "cpu"]
+    return ["jobs.transcribe", *given]
 
 
 class JobProcess:
@@ -32,14 +67,11 @@ class JobProcess:
 
     def command(self, source: Path, output: Path) -> list[str]:
         """Module and arguments; another job has others."""
-        return [
-            "jobs.transcribe", "--input", str(source), "--output", str(output), "--model", str(TINY_EN),
-            "--device", "cpu",
-        ]  # fmt: skip
+        return transcription(source, output)
 
     def parts(self) -> int:
         """Parts committed so far."""
-        return len(list(Path(self.output, "transcripts").glob("part-*.parquet")))
+        return count_parts(self.output)
 
     def wait_for_parts(self, count: int) -> None:
         """Until so many parts are committed; fails if the job ends before."""
@@ -57,17 +89,7 @@ class JobProcess:
 
     def members(self, name: str = "") -> list[int]:
         """Processes of the job's session whose command line holds `name`."""
-        found = []
-        for entry in Path("/proc").iterdir():
-            if entry.name.isdigit():
-                try:
-                    same_session = os.getsid(int(entry.name)) == self.process.pid
-                    command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-                except (ProcessLookupError, FileNotFoundError, PermissionError):
-                    continue
-                if same_session and name in command:
-                    found.append(int(entry.name))
-        return found
+        return session_members(self.process.pid, name)
 
     def kill_driver(self, with_signal: int = signal.SIGKILL) -> None:
         os.kill(self.process.pid, with_signal)

@@ -1,20 +1,35 @@
-"""The job is killed in the middle and run again: the table must be that of a run that was never disturbed.
+"""The job is killed and run again: the table must be that of a run that was never disturbed.
 
-Every kill is a real signal to a real process. Random moments come from SEED, which is printed.
+Every kill is a real signal to a real process. Random moments come from SEED, which is printed. `long_run.py` does
+the same many times over.
 """
 
 import os
 import random
-import signal
-import time
 from pathlib import Path
 
 import pyarrow.dataset as ds
 import pytest
-from job_process import JobProcess, run_job, write_manifest
+from job_process import run_job, write_manifest
+from kills import (
+    Trial,
+    account,
+    kill_actor,
+    kill_all,
+    kill_chained_actor,
+    kill_driver,
+    kill_in_commits,
+    kill_node,
+    parts_of,
+    resumed,
+    start_two,
+    stop_job,
+    terminate_driver,
+)
+from ray_nodes import RayNodes
 
 SEED = int(os.environ.get("FAULT_SEED", "20261122"))
-REPEATS = 10  # of 44 prompts: half an hour of audio, some 15 s of work on two cores
+REPEATS = 8  # of 44 prompts: 26 minutes of audio, some 12 s of work on two cores
 OPTIONS = ("--shard-audio-s", "60")
 
 
@@ -26,69 +41,54 @@ def source(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(source, tmp_path_factory) -> dict[str, bytes]:
+def undisturbed(source, tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("undisturbed") / "out"
     status, printed = run_job(source, output, *OPTIONS)
     assert status == 0, printed
     assert ds.dataset(output / "transcripts").count_rows() == REPEATS * 44
-    return parts_of(output)
+    return output
 
 
-def parts_of(output: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted((output / "transcripts").iterdir())}
-
-
-def finish_and_compare(source: Path, output: Path, undisturbed: dict[str, bytes]) -> str:
-    status, printed = run_job(source, output, *OPTIONS)
-    assert status == 0, printed
-    assert parts_of(output) == undisturbed
-    return printed
-
-
-def test_driver_and_all_of_ray_killed_twice(source, undisturbed, tmp_path):
-    rng = random.Random(SEED)
+@pytest.fixture
+def trial(source, tmp_path, request) -> Trial:
     print(f"seed {SEED}")
-    output = tmp_path / "out"
-    done = 0
-    for round_ in range(2):
-        job = JobProcess(source, output, *OPTIONS)
-        job.wait_for_parts(done + rng.randint(1, 4))
-        time.sleep(rng.random())
-        if round_:
-            job.kill_all()
-        else:
-            job.kill_driver()
-        status, _ = job.finish()
-        assert status == -signal.SIGKILL
-        done = job.parts()
-        assert 0 < done < len(undisturbed)
-    kept = {path.name: path.stat().st_mtime_ns for path in (output / "transcripts").glob("part-*")}
-    finish_and_compare(source, output, undisturbed)
-    now = {path.name: path.stat().st_mtime_ns for path in (output / "transcripts").glob("part-*")}
-    assert {name: now[name] for name in kept} == kept  # committed parts were not written again
+    return Trial(source, tmp_path / "out", OPTIONS, random.Random(f"{SEED} {request.node.name}"))
 
 
-def test_killed_actor_is_replaced_and_the_run_goes_on(source, undisturbed, tmp_path):
-    job = JobProcess(source, tmp_path / "out", *OPTIONS)
-    job.wait_for_parts(2)
-    victims = job.members("ray::MapWorker")
-    assert victims, "no actor process found"
-    os.kill(victims[0], signal.SIGKILL)
-    status, printed = job.finish()
-    assert status == 0, printed
-    assert parts_of(tmp_path / "out") == undisturbed
-    events = "".join(path.read_text() for path in (tmp_path / "out/events").iterdir())
-    assert '"event": "retry"' in events
+def test_run_ended_in_four_ways_and_resumed(trial, undisturbed):
+    """SIGTERM, the driver killed, all of Ray killed, everything killed between a part's writing and its rename."""
+    terminate_driver(trial)
+    kill_driver(trial)
+    kill_all(trial)
+    done = {part.name: part.stat().st_mtime_ns for part in (trial.output / "transcripts").iterdir()}
+    resumed(kill_in_commits("before", victim="session"))(trial)
+    now = {part.name: part.stat().st_mtime_ns for part in (trial.output / "transcripts").iterdir()}
+    assert {name: now[name] for name in done} == done  # committed parts were not written again
+    assert parts_of(trial.output) == parts_of(undisturbed)
 
 
-def test_sigterm_ends_in_time_and_says_how_to_resume(source, undisturbed, tmp_path):
-    job = JobProcess(source, tmp_path / "out", *OPTIONS)
-    job.wait_for_parts(2)
-    job.kill_driver(signal.SIGTERM)
-    started = time.monotonic()
-    status, printed = job.finish()
-    assert status == 1
-    assert "run the same command again" in printed
-    assert time.monotonic() - started < 60  # a spot notice gives two minutes
-    assert not [path for path in (tmp_path / "out/transcripts").iterdir() if path.name not in undisturbed]
-    finish_and_compare(source, tmp_path / "out", undisturbed)
+@pytest.mark.parametrize("kind", ["chained", "feature"])
+def test_killed_actor_is_replaced_and_the_run_goes_on(kind, trial, undisturbed):
+    (kill_chained_actor if kind == "chained" else kill_actor(kind))(trial)
+    assert parts_of(trial.output) == parts_of(undisturbed)
+
+
+def test_workers_killed_at_every_moment_of_a_commit(trial, undisturbed):
+    kill_in_commits("half", "before", "after", victim="worker")(trial)
+    assert parts_of(trial.output) == parts_of(undisturbed)
+
+
+def test_of_two_drivers_at_once_one_is_told_or_both_are_right(trial, undisturbed):
+    start_two(trial)
+    assert account(trial.output, undisturbed).is_right
+
+
+def test_node_lost_and_job_stopped_on_a_cluster_of_three(trial, undisturbed, tmp_path):
+    with RayNodes(dashboard=True) as cluster:
+        cluster.add_node()
+        cluster.add_node()
+        kill_node(cluster)(trial)
+        assert parts_of(trial.output) == parts_of(undisturbed)
+        trial.output = tmp_path / "stopped"
+        stop_job(cluster)(trial)
+        assert parts_of(trial.output) == parts_of(undisturbed)

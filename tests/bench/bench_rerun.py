@@ -1,0 +1,103 @@
+"""A rerun over an output that is done, with many parts on a real S3 server: seconds and requests.
+
+    python tests/bench/bench_rerun.py [--parts 100000]
+
+The plan is the real one of a manifest with one item per shard. The parts are one valid part under all names: a rerun
+reads no more than their names and, without a receipt, their footers.
+"""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests/jobs")]
+
+from fault_proxy import FaultProxy  # noqa: E402
+from job_layouts import TINY_EN  # noqa: E402
+from s3_server import serve_s3  # noqa: E402
+
+from jobs.config import TranscribeConfig  # noqa: E402
+from jobs.models import resolve_model  # noqa: E402
+from jobs.ownership import claim_output  # noqa: E402
+from jobs.parts import commit_part, part_name  # noqa: E402
+from jobs.plan_store import list_generations, read_plan  # noqa: E402
+from jobs.preparation import identify, prepare  # noqa: E402
+from jobs.schema import TRANSCRIPT_SCHEMA, part_facts, part_metadata  # noqa: E402
+from jobs.storage import Storage  # noqa: E402
+from jobs.transcribe import run  # noqa: E402
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", type=int, default=100_000)
+    options = parser.parse_args()
+    print(f"{options.parts:,} parts, load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        bucket = Path(folder, "bucket")
+        bucket.mkdir()
+        write_manifest(bucket / "items.jsonl", options.parts)
+        with server_of(folder) as (proxy, config):
+            timed("plan", proxy, lambda: prepare(config))
+            fill(config, bucket / "out")
+        with server_of(folder) as (proxy, config):
+            for name in ("without a receipt, so every footer", "rerun", "rerun"):
+                timed(name, proxy, lambda: run(config))
+
+
+@contextmanager
+def server_of(folder: str) -> Iterator[tuple[CountingProxy, TranscribeConfig]]:
+    """A server over the folder, and the job on it."""
+    with serve_s3(Path(folder), cached="1h") as server, FaultProxy(server.endpoint_url) as proxy:
+        os.environ |= server.variables(proxy.endpoint_url)
+        options = {"model": str(TINY_EN), "device": "cpu", "dtype": "float32", "shard_audio_s": 10.0}
+        yield proxy, TranscribeConfig(input="s3://bucket/items.jsonl", output="s3://bucket/out", **options)
+
+
+def write_manifest(path: Path, items: int) -> None:
+    with open(path, "w", encoding="utf-8") as file:
+        for number in range(items):
+            file.write(
+                json.dumps({"audio_filepath": f"speaker-{number % 997}/{number:09d}.flac", "duration": 9.0}) + "\n"
+            )
+
+
+def fill(config: TranscribeConfig, folder: Path) -> None:
+    """Put a part under the name of every planned shard, straight into the folder that the server shows."""
+    output = Storage(str(folder))
+    generations = list_generations(output)
+    identity = identify(resolve_model(config.model, config.storage()), "float32")
+    claim_output(output, identity, generations)
+    row = dict.fromkeys(TRANSCRIPT_SCHEMA.names) | {
+        "id": "x",
+        "source": "x",
+        "duration_s": 9.0,
+        "status": "empty",
+        "text": "",
+    }
+    table = TRANSCRIPT_SCHEMA.empty_table().from_pylist([row], schema=TRANSCRIPT_SCHEMA)
+    names = [part_name(shard, identity.fingerprint) for shard in read_plan(output, generations)["shard"].to_pylist()]
+    commit_part(output, names[0], table, part_metadata({}, "x", part_facts(table)))
+    for name in names[1:]:
+        os.link(output.path(names[0]), output.path(name))
+
+
+def timed(name: str, proxy: FaultProxy, call: Callable[[], object]) -> None:
+    proxy.seen.clear()
+    start = time.perf_counter()
+    call()
+    seconds = time.perf_counter() - start
+    kinds = Counter("LIST" if request.is_listing else request.method for request in proxy.seen)
+    counts = ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common())
+    print(f"{name}: {seconds:.1f} s, {sum(kinds.values()):,} requests ({counts})", flush=True)
+
+
+if __name__ == "__main__":
+    main()
