@@ -53,7 +53,7 @@ def main() -> None:
 
 
 @contextmanager
-def server_of(folder: str) -> Iterator[tuple[CountingProxy, TranscribeConfig]]:
+def server_of(folder: str) -> Iterator[tuple[FaultProxy, TranscribeConfig]]:
     """A server over the folder, and the job on it."""
     with serve_s3(Path(folder), cached="1h") as server, FaultProxy(server.endpoint_url) as proxy:
         os.environ |= server.variables(proxy.endpoint_url)
