@@ -20,7 +20,7 @@ import numpy as np
 from bench_job import command_run, steady_s
 from harness import ROOT, SPEECH, print_machine, print_table
 
-HOURS, QUICK_HOURS = (0.1, 0.3, 1.0, 2.7, 9.0, 27.0), (0.1, 0.2)
+HOURS, QUICK_HOURS = (0.1, 0.3, 1.0, 2.7, 9.0, 27.0), (0.1, 0.2, 0.3)
 WORKERS, WORKERS_HOURS = (1, 2, 4), 1.0
 ITEMS, QUICK_ITEMS = (1_000, 10_000, 100_000, 1_000_000), (1_000, 10_000, 100_000)
 
@@ -53,7 +53,7 @@ def over_hours(hours: tuple[float, ...]) -> None:
         )  # fmt: skip
     columns = ("hours", "items", "shards", "command s", "work s per hour", "driver MiB", "actors MiB", "all MiB")
     print_table("Cost against hours", columns, rows)
-    if len(runs) > 1:
+    if len(runs) > 2:
         command_s = np.array([receipt["command_s"] for _, receipt, _ in runs])
         slope, start_s = np.polyfit(hours, command_s, 1)
         off = np.abs(command_s - (start_s + slope * np.array(hours))) / command_s
