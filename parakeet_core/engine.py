@@ -94,7 +94,11 @@ class Engine:
         self.budget_frames = default if budget_frames is None else budget_frames
         if compiled or (compiled is None and self.device.type == "cuda"):
             self.model.compile_layers()
-            self.warm_up()
+            try:
+                self.warm_up()
+            except RuntimeError as error:  # whatever goes wrong in a compiler is one, e.g. a node without gcc
+                log.warning("the layers cannot be compiled, and run slower as they are: %.500s", error)
+                self.model = model.prepare_inference()
 
     def warm_up(self) -> None:
         """Run small batches of every kind, so that what is compiled is compiled before there is work."""

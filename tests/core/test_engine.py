@@ -1,5 +1,7 @@
 """The engine: an item alone = among any others, order, budgets, and long items cut into windows."""
 
+from functools import partialmethod
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,9 @@ from small_models import greedy_ids, random_features, small_model, write_hf
 from parakeet_core import decode_audio, load_checkpoint
 from parakeet_core import engine as module
 from parakeet_core.engine import Engine
+from parakeet_core.inference import InferenceModel
+
+COMPILE_LAYERS = InferenceModel.compile_layers
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +62,22 @@ def test_as_the_plain_model(engine, checkpoint):
     for item, tokens in zip(items, engine.recognise(items), strict=True):
         logits, _ = checkpoint.model(item[None], torch.tensor([len(item)]))
         assert tokens.ids.tolist() == greedy_ids(logits[0], 128)
+
+
+def test_compiled_layers_or_what_there_is(engine, checkpoint, monkeypatch, caplog):
+    """A compiler that fails, as on a node without gcc, costs speed only."""
+    items = items_of([120, 80, 40])
+
+    def failing(*_):
+        raise RuntimeError("no compiler here")
+
+    for backend in ("eager", failing):
+        monkeypatch.setattr(InferenceModel, "compile_layers", partialmethod(COMPILE_LAYERS, backend=backend))
+        for tokens, expected in zip(
+            Engine(checkpoint, compiled=True).recognise(items), engine.recognise(items), strict=True
+        ):
+            assert_same_tokens(tokens, expected)
+        assert ("no compiler here" in caplog.text) == (backend is failing)
 
 
 def test_items_without_frames(engine):
