@@ -29,7 +29,7 @@ from jobs.training_config import FinetuneConfig
 from jobs.training_data import prepare_split, read_index
 from jobs.training_labels import LabelReport
 from jobs.training_loop import TrainingTask, train_worker
-from jobs.training_metrics import METRICS_FILE, describe, read_metrics
+from jobs.training_metrics import METRICS_FILE, describe, measurements, read_metrics
 from jobs.training_report import REPORT_FILE, write_training_report
 from jobs.training_setup import (
     MODEL_FOLDER,
@@ -58,12 +58,14 @@ class FinetuneResult:
 
     Attributes:
         model: where the best model lies.
-        best_wer, best_step: of that model, on the validation set.
+        wer_before: on the validation set, of what training started from.
+        best_wer, best_step: of that model, on the same set.
         skipped_steps: whose gradient was not finite.
     """
 
     model: str
     steps: int
+    wer_before: float
     best_wer: float
     best_step: int
     skipped_steps: int
@@ -222,6 +224,7 @@ def _result(output: Storage, reports: dict[str, LabelReport]) -> FinetuneResult:
     return FinetuneResult(
         model=output.source(MODEL_FOLDER),
         steps=progress.step,
+        wer_before=measurements(read_metrics(output))[0]["validation_wer"],
         best_wer=progress.best_wer,
         best_step=progress.best_step,
         skipped_steps=progress.skipped,
@@ -233,7 +236,8 @@ def summarise(result: FinetuneResult, output: str) -> str:
     lines = [
         f"steps      {result.steps:,}"
         + (f", {result.skipped_steps} skipped: their gradient was not finite" if result.skipped_steps else ""),
-        f"WER        {result.best_wer:.2%} on the validation set, after step {result.best_step:,}",
+        f"WER        {result.best_wer:.2%} on the validation set, after step {result.best_step:,}; "
+        f"{result.wer_before:.2%} before training",
         f"model      {result.model}",
         f"report     {output.rstrip('/')}/{REPORT_FILE}",
     ]

@@ -124,8 +124,13 @@ class TrainingRun:
         self.autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=half)
 
     def run(self) -> None:
-        """From the last checkpoint to the last step, or to the end of patience."""
+        """From the last checkpoint to the last step, or to the end of patience.
+
+        What training starts from is measured as well: the exported model is never worse than that.
+        """
         self._checkpointed = time.monotonic()
+        if self.progress.step == 0:
+            self._measure()
         tally = StepTally()
         for step in self.batches.steps(self.progress.position):
             if self.done:

@@ -50,7 +50,7 @@ def render_training_report(lines: Sequence[dict], labels: dict, run: dict) -> Ht
 def _curve(title: str, caption: str, lines: Sequence[dict], key: str, scale: float = 1.0, unit: str = "") -> Html | str:
     """A line over the steps with its numbers; nothing for a run that has none yet."""
     steps, values = [line["step"] for line in lines], [line[key] * scale for line in lines]
-    if not steps or max(values) <= 0:
+    if not steps or steps[-1] == 0 or max(values) <= 0:
         return ""
     ticks = [
         (100 * tick / steps[-1], f"{tick:,.0f}")
