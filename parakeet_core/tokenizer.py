@@ -1,5 +1,7 @@
 """Token ids <-> text, over the two tokenizer formats that checkpoints carry. Knows nothing of CTC or of checkpoints."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
@@ -38,20 +40,29 @@ class TokenizerJson:
     """
 
     def __init__(self, content: str, name: str = "tokenizer.json"):
-        try:
+        self._name = name
+        with self._library_errors():
             self._tokenizer = tokenizers.Tokenizer.from_str(content)
-        except BaseException as error:  # noqa: BLE001 - the library raises bare Exception, and panics that are not even one
+            size = self._tokenizer.get_vocab_size()
+            self.pieces = [self._tokenizer.id_to_token(i) or "" for i in range(size)]
+            self._tokenizer.decode(list(range(size)))  # damage in the decoder shows only here
+
+    @contextmanager
+    def _library_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException as error:  # noqa: BLE001 - the library raises bare Exception, and panics that are not one
             if isinstance(error, KeyboardInterrupt | SystemExit):
                 raise
-            raise CheckpointError(f"{name}: not a tokenizer that the library reads ({error!s:.500})") from error
-        size = self._tokenizer.get_vocab_size()
-        self.pieces = [self._tokenizer.id_to_token(i) or "" for i in range(size)]
+            raise CheckpointError(f"{self._name}: not a tokenizer that the library can use ({error})") from error
 
     def encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        with self._library_errors():
+            return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids)
+        with self._library_errors():
+            return self._tokenizer.decode(ids)
 
     def content(self) -> str:
         return self._tokenizer.to_str()
