@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -70,6 +71,8 @@ def quiet_ray_data() -> None:
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
+    # How often a lost shard is tried again can be said by this argument only.
+    warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
 
 
 def quiet_ray_train() -> None:
