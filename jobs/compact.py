@@ -28,15 +28,15 @@ from pathlib import Path
 import tyro
 
 from jobs.config import StorageConfig
-from jobs.connections import scrub
-from jobs.folder_swap import recover_folder, swap_folder
-from jobs.merging import merge_parts
-from jobs.parts import TABLE_FOLDER, Footer, find_committed, read_footers
-from jobs.progress import Tally
-from jobs.report import RECEIPT_FILE, EventLog
-from jobs.schema import METADATA_PREFIX, PartFacts, file_metadata
-from jobs.shard_names import pack_shards, unpack_shards
-from jobs.storage import TEMPORARY_FOLDER, Storage
+from jobs.report.progress import Tally
+from jobs.report.receipt import RECEIPT_FILE, EventLog
+from jobs.storage.connections import scrub
+from jobs.storage.files import TEMPORARY_FOLDER, Storage
+from jobs.table.folder_swap import recover_folder, swap_folder
+from jobs.table.merging import merge_parts
+from jobs.table.parts import TABLE_FOLDER, Footer, find_committed, read_footers
+from jobs.table.schema import METADATA_PREFIX, PartFacts, file_metadata
+from jobs.table.shard_names import pack_shards, unpack_shards
 from parakeet_core.errors import RETRYABLE_KINDS, ConfigError, InputError, ParakeetError
 
 COMPACTED_FOLDER = "compacted"

@@ -10,10 +10,10 @@ from urllib.parse import urlsplit
 
 import tyro
 
-from jobs.connections import StorageOptions
-from jobs.inputs import InputOptions
-from jobs.planning import PlanOptions
-from jobs.retrying import PATIENCE_S
+from jobs.inputs.scan import InputOptions
+from jobs.planning.shards import PlanOptions
+from jobs.storage.connections import StorageOptions
+from jobs.storage.retrying import PATIENCE_S
 from parakeet_core.errors import ConfigError
 
 PoolSize = tuple[int, int]  # fewest and most actors

@@ -7,9 +7,9 @@ import ray
 import ray.data
 import torch
 
-from jobs.connections import StorageOptions
 from jobs.models import ModelReference, resolve_model
-from jobs.schema import WORD_TYPE, round_words
+from jobs.storage.connections import StorageOptions
+from jobs.table.schema import WORD_TYPE, round_words
 from parakeet_core.errors import ErrorKind, InputError
 from parakeet_core.transcriber import Transcriber, Transcript
 

@@ -20,18 +20,18 @@ import ray.train
 import tyro
 from ray.train.torch import TorchTrainer
 
-from jobs.connections import scrub
 from jobs.models import ModelReference, resolve_model
 from jobs.ray_session import quiet_ray_train, ray_session
-from jobs.storage import Storage
-from jobs.training_checkpoint import Progress, read_progress
-from jobs.training_config import FinetuneConfig
-from jobs.training_data import prepare_split, read_index
-from jobs.training_labels import LabelReport
-from jobs.training_loop import TrainingTask, train_worker
-from jobs.training_metrics import METRICS_FILE, describe, measurements, read_metrics
-from jobs.training_report import REPORT_FILE, write_training_report
-from jobs.training_setup import (
+from jobs.storage.connections import scrub
+from jobs.storage.files import Storage
+from jobs.training.checkpoint import Progress, read_progress
+from jobs.training.config import FinetuneConfig
+from jobs.training.data import prepare_split, read_index
+from jobs.training.labels import LabelReport
+from jobs.training.loop import TrainingTask, train_worker
+from jobs.training.metrics import METRICS_FILE, describe, measurements, read_metrics
+from jobs.training.report import REPORT_FILE, write_training_report
+from jobs.training.setup import (
     MODEL_FOLDER,
     architecture,
     choose_tokenizer,
@@ -42,7 +42,7 @@ from jobs.training_setup import (
     write_label_report,
     write_model_files,
 )
-from jobs.training_sources import labelled_shards
+from jobs.training.sources import labelled_shards
 from jobs.transcribe import EXIT_REFUSED, EXIT_STOPPED, JobStoppedError, root_cause
 from parakeet_core.config import EncoderConfig, FrontendConfig
 from parakeet_core.errors import InputError, ParakeetError

@@ -2,7 +2,7 @@
 
 From hours, lengths, speeds, losses and prices: shards, parts, storage requests, listing time, driver memory, GPU idle
 time, work lost with spot nodes, wall time, cost. It opens no storage and starts no Ray. Shards are counted by the rules
-of `jobs.planning`; the run is a discrete-event simulation (`jobs.fleet`).
+of `jobs.planning.shards`; the run is a discrete-event simulation (`jobs.fleet`).
 """
 
 import math
@@ -14,13 +14,13 @@ import numpy as np
 import tyro
 
 from jobs.fleet import Fleet, FleetRun, simulate_run
-from jobs.plan_store import SHARDS_PER_FILE
-from jobs.planning import AUTO_MAX_S, AUTO_MIN_S, AUTO_SHARDS, SHARD_BYTES, SHARD_ITEMS
-from jobs.progress import clock
-from jobs.report import EVENTS_EVERY_S
-from jobs.report_stats import MAX_PARTS
-from jobs.sizing import SAMPLE_PER_KIND, SAMPLED_CONTAINERS
-from jobs.sources import STREAM_BLOCK_BYTES
+from jobs.planning.shards import AUTO_MAX_S, AUTO_MIN_S, AUTO_SHARDS, SHARD_BYTES, SHARD_ITEMS
+from jobs.planning.sizing import SAMPLE_PER_KIND, SAMPLED_CONTAINERS
+from jobs.planning.store import SHARDS_PER_FILE
+from jobs.report.progress import clock
+from jobs.report.receipt import EVENTS_EVERY_S
+from jobs.report.stats import MAX_PARTS
+from jobs.sources.reader import STREAM_BLOCK_BYTES
 from parakeet_core.errors import ConfigError, ParakeetError
 
 PAGE_KEYS = 1000  # names in one answer to a list request
@@ -117,7 +117,7 @@ class PlanForecast:
 
 
 def forecast_plan(config: ForecastConfig) -> PlanForecast:
-    """Cut items of one length by the rules of `jobs.planning`."""
+    """Cut items of one length by the rules of `jobs.planning.shards`."""
     items = round(config.audio_s / config.item_s)
     per_file = 1 if config.tar_mb is None else max(1, round(config.tar_mb * 1e6 / config.bytes_per_s / config.item_s))
     files = math.ceil(items / per_file)

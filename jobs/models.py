@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from jobs.connections import StorageOptions, scheme_of
-from jobs.source_file import SourceFile
-from jobs.storage import Storage
+from jobs.storage.connections import StorageOptions, scheme_of
+from jobs.storage.files import Storage
+from jobs.storage.source_file import SourceFile
 from parakeet_core.checkpoint import Checkpoint, load_checkpoint, read_source
 from parakeet_core.config import ModelConfig
 from parakeet_core.errors import CheckpointError, InputError

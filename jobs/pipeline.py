@@ -14,10 +14,10 @@ import ray
 import ray.data
 
 from jobs.config import PoolSize, TranscribeConfig
-from jobs.connections import StorageOptions
 from jobs.models import ModelReference
 from jobs.stages import TASKS_PER_ACTOR, ChainedStages, CommitShards, PrepareShards, RecogniseShards
-from jobs.storage import Storage
+from jobs.storage.connections import StorageOptions
+from jobs.storage.files import Storage
 from parakeet_core.audio import DEFAULT_MAX_DURATION_S
 from parakeet_core.errors import ConfigError
 
@@ -32,8 +32,8 @@ PROCESS_BYTES = 600 << 20  # a worker with torch, pyarrow and soundfile loaded; 
 READ_AHEAD_BYTES = 256 << 20  # encoded bytes that a feature actor may hold (reading.ReadLimits)
 FEATURE_COPIES = 4  # of a shard's features at a time: rows, table, packed block, and Ray's copy of it; measured 3 + 1
 # Of one shard; the second of two budgets. An item that ends its worker costs one of these, and with the next try it is
-# a row of the first budget, --max-error-rate (isolation.py). The others are for what no item is to blame for: spot
-# nodes take few shards twice, and a shard that lost six workers meets what stays: too little memory, a defect.
+# a row of the first budget, --max-error-rate (reading/isolation.py). The others are for what no item is to blame for:
+# spot nodes take few shards twice, and a shard that lost six workers meets what stays: too little memory, a defect.
 LOST_WORKER_RETRIES = 5
 FEATURE_BYTES_PER_S = 80 * 100 * 4  # float32, 80 mel bins: the larger of the two feature types
 BLOCK_BYTES_LIMIT = 1 << 30  # above the largest shard's features, so that Ray does not count a shard as several blocks
@@ -148,7 +148,7 @@ def run_shards(
     """Transcribe and commit shards; yields one dict per committed shard, as they finish.
 
     Args:
-        todo: rows of `plan_store.SHARD_SCHEMA`.
+        todo: rows of `jobs.planning.store.SHARD_SCHEMA`.
         storage: how to reach the sources.
     """
     feature_dtype = "float32" if dtype == "float32" else "float16"

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 import tyro
 
 from jobs.config import InputConfig
-from jobs.connections import scrub
-from jobs.inputs import scan_input
-from jobs.plan_report import describe_plan
-from jobs.planned_items import PlannedItems
-from jobs.planning import plan_shards
+from jobs.inputs.scan import scan_input
+from jobs.planning.description import describe_plan
+from jobs.planning.planned_items import PlannedItems
+from jobs.planning.shards import plan_shards
+from jobs.storage.connections import scrub
 from parakeet_core.errors import ParakeetError
 
 EXIT_REFUSED = 2
@@ -20,7 +20,7 @@ def dry_run(config: InputConfig, planned: PlannedItems | None = None) -> int:
     """Print what the job would be; returns the exit status.
 
     Args:
-        planned: what the output has planned already (`plan_store.planned_items`).
+        planned: what the output has planned already (`jobs.planning.store.planned_items`).
 
     Raises:
         ConfigError: the input cannot be used.

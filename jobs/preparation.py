@@ -13,19 +13,19 @@ import pyarrow.compute as pc
 
 import parakeet_core
 from jobs.config import TranscribeConfig
-from jobs.connections import StorageOptions, scrub
-from jobs.inputs import InputScan, scan_input
-from jobs.listing import resolve_input
+from jobs.inputs.listing import resolve_input
+from jobs.inputs.scan import InputScan, scan_input
 from jobs.models import ModelReference, resolve_model
-from jobs.ownership import JobIdentity, check_output, recorded_dtype, version_of
-from jobs.parts import TABLE_FOLDER
-from jobs.plan_store import RACE, Generation, list_generations, planned_items, read_plan, write_plan
-from jobs.planning import plan_shards
-from jobs.progress import Tally, hours
-from jobs.report import Receipt, merge_tallies
+from jobs.planning.shards import plan_shards
+from jobs.planning.store import RACE, Generation, list_generations, planned_items, read_plan, write_plan
+from jobs.report.progress import Tally, hours
+from jobs.report.receipt import Receipt, merge_tallies
 from jobs.resume import account_earlier
-from jobs.shard_names import pack_shards
-from jobs.storage import Storage
+from jobs.storage.connections import StorageOptions, scrub
+from jobs.storage.files import Storage
+from jobs.table.ownership import JobIdentity, check_output, recorded_dtype, version_of
+from jobs.table.parts import TABLE_FOLDER
+from jobs.table.shard_names import pack_shards
 from parakeet_core.errors import ConfigError, InputError
 
 RECEIPT_EVERY_S = 60.0  # what a killed driver has to look up again: the parts of a minute
@@ -47,7 +47,7 @@ class Run:
     output: Storage
     model: ModelReference
     generations: list[Generation]
-    shards: pa.Table  # plan_store.SHARD_SCHEMA
+    shards: pa.Table  # planning.store.SHARD_SCHEMA
     sources: StorageOptions  # how to reach the audio
     identity: JobIdentity | None = None
     device: str = "none"

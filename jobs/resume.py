@@ -7,11 +7,11 @@ again but those that came after the last receipt: their counts are in their foot
 import json
 from dataclasses import dataclass
 
-from jobs.parts import find_committed, read_facts
-from jobs.progress import Tally
-from jobs.report import RECEIPT_FILE
-from jobs.shard_names import unpack_shards
-from jobs.storage import Storage
+from jobs.report.progress import Tally
+from jobs.report.receipt import RECEIPT_FILE
+from jobs.storage.files import Storage
+from jobs.table.parts import find_committed, read_facts
+from jobs.table.shard_names import unpack_shards
 from parakeet_core.errors import RETRYABLE_KINDS, ConfigError
 
 

@@ -10,8 +10,8 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from jobs.parts import TABLE_FOLDER
-from jobs.storage import Storage
+from jobs.storage.files import Storage
+from jobs.table.parts import TABLE_FOLDER
 from parakeet_core.errors import ParakeetError
 
 COLUMNS = ["id", "status", "duration_s", "text", "reference", "wer", "confidence", "error_message"]

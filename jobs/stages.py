@@ -17,14 +17,14 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from jobs.connections import StorageOptions, scrub
-from jobs.isolation import ShardDecoder, was_restarted
 from jobs.models import ModelReference
-from jobs.parts import commit_part, part_name
-from jobs.plan_store import read_shard
-from jobs.reading import ReadItem, SourceFile, read_items
-from jobs.schema import TRANSCRIPT_SCHEMA, file_metadata, part_facts, round_words, word_error_rate
-from jobs.storage import Storage
+from jobs.planning.store import read_shard
+from jobs.reading.isolation import ShardDecoder, was_restarted
+from jobs.reading.items import ReadItem, SourceFile, read_items
+from jobs.storage.connections import StorageOptions, scrub
+from jobs.storage.files import Storage
+from jobs.table.parts import commit_part, part_name
+from jobs.table.schema import TRANSCRIPT_SCHEMA, file_metadata, part_facts, round_words, word_error_rate
 from parakeet_core.config import FrontendConfig
 from parakeet_core.decoding import Tokens, group_words
 from parakeet_core.engine import Engine

@@ -19,20 +19,20 @@ import tyro
 
 import parakeet_core
 from jobs.config import TranscribeConfig
-from jobs.connections import scrub
 from jobs.metrics import JobMetrics
-from jobs.ownership import claim_output
-from jobs.parts import find_committed
 from jobs.pipeline import LOST_WORKER_RETRIES, plan_resources, run_shards
 from jobs.plan import dry_run
-from jobs.plan_store import list_generations, planned_items
+from jobs.planning.store import list_generations, planned_items
 from jobs.preparation import Run, identify, prepare
-from jobs.progress import ProgressDisplay
 from jobs.ray_session import ray_session
-from jobs.report import EventLog, Receipt, add_to_receipt, summarise
-from jobs.report_html import write_report
-from jobs.schema import PartFacts
-from jobs.storage import Storage
+from jobs.report.page import write_report
+from jobs.report.progress import ProgressDisplay
+from jobs.report.receipt import EventLog, Receipt, add_to_receipt, summarise
+from jobs.storage.connections import scrub
+from jobs.storage.files import Storage
+from jobs.table.ownership import claim_output
+from jobs.table.parts import find_committed
+from jobs.table.schema import PartFacts
 from jobs.verify import verify_table
 from parakeet_core.checkpoint import DTYPES
 from parakeet_core.errors import ConfigError, InputError, ParakeetError

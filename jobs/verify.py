@@ -17,13 +17,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import ray
 
-from jobs.connections import StorageOptions
 from jobs.models import ModelReference
-from jobs.parts import TABLE_FOLDER
-from jobs.plan_store import read_shard
-from jobs.reading import ReadItem, SourceFile, read_items
-from jobs.schema import normalise_words
-from jobs.storage import Storage
+from jobs.planning.store import read_shard
+from jobs.reading.items import ReadItem, SourceFile, read_items
+from jobs.storage.connections import StorageOptions
+from jobs.storage.files import Storage
+from jobs.table.parts import TABLE_FOLDER
+from jobs.table.schema import normalise_words
 from parakeet_core.audio import load_audio
 from parakeet_core.engine import Engine
 from parakeet_core.errors import InputError
@@ -76,8 +76,8 @@ def choose_samples(shards: pa.Table, files: dict[str, frozenset[str]], items: in
     """Samples spread evenly over the audio of the shards that are committed.
 
     Args:
-        shards: of `plan_store.SHARD_SCHEMA`.
-        files: of the table, name -> shards (`parts.Committed`).
+        shards: of `jobs.planning.store.SHARD_SCHEMA`.
+        files: of the table, name -> shards (`jobs.table.parts.Committed`).
     """
     file_of = {shard: name for name, held in files.items() for shard in held}
     rows = [row for row in shards.to_pylist() if row["shard"] in file_of]

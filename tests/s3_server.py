@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.connections import StorageOptions
+from jobs.storage.connections import StorageOptions
 
 RCLONE = shutil.which("rclone") or shutil.which("rclone", path=os.path.dirname(sys.executable))
 START_S = 60.0  # takes 0.2 s on a free machine

@@ -7,13 +7,13 @@ import pyarrow as pa
 import torch
 from small_models import TINY_EN, small_model, write_hf
 
-from jobs.connections import StorageOptions
 from jobs.models import resolve_model
-from jobs.storage import Storage
-from jobs.training_config import FinetuneConfig
-from jobs.training_data import prepare_shard
-from jobs.training_loop import TrainingRun, TrainingTask
-from jobs.training_setup import (
+from jobs.storage.connections import StorageOptions
+from jobs.storage.files import Storage
+from jobs.training.config import FinetuneConfig
+from jobs.training.data import prepare_shard
+from jobs.training.loop import TrainingRun, TrainingTask
+from jobs.training.setup import (
     architecture,
     choose_tokenizer,
     claim_output,
@@ -21,7 +21,7 @@ from jobs.training_setup import (
     model_config,
     write_model_files,
 )
-from jobs.training_sources import labelled_shards
+from jobs.training.sources import labelled_shards
 
 PROMPTS = TINY_EN.parent / "prompts"
 

@@ -26,12 +26,12 @@ from s3_server import serve_s3  # noqa: E402
 
 from jobs.config import TranscribeConfig  # noqa: E402
 from jobs.models import resolve_model  # noqa: E402
-from jobs.ownership import claim_output  # noqa: E402
-from jobs.parts import commit_part, part_name  # noqa: E402
-from jobs.plan_store import list_generations, read_plan  # noqa: E402
+from jobs.planning.store import list_generations, read_plan  # noqa: E402
 from jobs.preparation import identify, prepare  # noqa: E402
-from jobs.schema import TRANSCRIPT_SCHEMA, part_facts, part_metadata  # noqa: E402
-from jobs.storage import Storage  # noqa: E402
+from jobs.storage.files import Storage  # noqa: E402
+from jobs.table.ownership import claim_output  # noqa: E402
+from jobs.table.parts import commit_part, part_name  # noqa: E402
+from jobs.table.schema import TRANSCRIPT_SCHEMA, part_facts, part_metadata  # noqa: E402
 from jobs.transcribe import run  # noqa: E402
 
 

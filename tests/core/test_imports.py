@@ -13,6 +13,20 @@ FORBIDDEN = {
     "parakeet_core": {"ray", "jobs", "cluster", "tests", "fsspec", "s3fs", "botocore", "pyarrow", "transformers"},
     "jobs": {"cluster", "tests", "transformers"},
 }
+# Of `jobs`: packages, and the modules beside them that packages use. The programs import these, and none of these them.
+LAYERS = [
+    "storage",
+    "models",
+    "sources",
+    "inputs",
+    "reading",
+    "planning",
+    "table",
+    "stages",
+    "report",
+    "config",
+    "training",
+]
 PIPELINE = ["config", "encoder", "ctc", "inference", "decoding", "engine", "transcriber"]
 
 
@@ -57,6 +71,17 @@ def test_steps_import_earlier_steps_only():
         imported = {node.module for node in tree.body if isinstance(node, ast.ImportFrom)}
         later = {f"parakeet_core.{other}" for other in PIPELINE[position + 1 :]}
         assert not imported & later, name
+
+
+def test_packages_of_jobs_import_earlier_ones_only():
+    jobs = REPO / "jobs"
+    assert {path.parent.name for path in jobs.glob("*/__init__.py")} <= set(LAYERS)
+    for position, layer in enumerate(LAYERS):
+        earlier = set(LAYERS[: position + 1])
+        files = sorted((jobs / layer).glob("*.py")) or [jobs / f"{layer}.py"]
+        for path in files:
+            imported = {name.split(".")[1] for name in imported_modules(path) if name.startswith("jobs.")}
+            assert imported <= earlier, path
 
 
 def test_cluster_holds_no_python():

@@ -20,7 +20,7 @@ from job_process import REPO, run_job, write_manifest
 sys.path.insert(0, str(REPO / "tests/jobs"))
 from table_reading import read_by_glob  # noqa: E402
 
-from jobs.storage import Storage  # noqa: E402
+from jobs.storage.files import Storage  # noqa: E402
 
 SEED = int(os.environ.get("FAULT_SEED", "20261122"))
 KILLS = int(os.environ.get("FAULT_KILLS", "4"))

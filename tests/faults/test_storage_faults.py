@@ -21,10 +21,10 @@ from job_layouts import PROMPTS, TINY_EN, part_bytes
 from job_process import REPO, write_manifest
 from job_samples import audio_bytes, tar_bytes
 
-from jobs.connections import StorageOptions
-from jobs.reading_containers import read_tar
-from jobs.sources import SourceReader
-from jobs.storage import Storage
+from jobs.reading.containers import read_tar
+from jobs.sources.reader import SourceReader
+from jobs.storage.connections import StorageOptions
+from jobs.storage.files import Storage
 from jobs.transcribe import main
 
 SEED = int(os.environ.get("FAULT_SEED", "20261122"))

@@ -23,8 +23,8 @@ from job_layouts import PROMPTS, TINY_EN
 from job_process import REPO
 from s3_server import S3Server, free_port
 
-from jobs.progress import LINE_EVERY_S
-from jobs.storage import Storage
+from jobs.report.progress import LINE_EVERY_S
+from jobs.storage.files import Storage
 
 moto_server = pytest.importorskip("moto.server", reason="needs moto[s3], flask and flask-cors")
 

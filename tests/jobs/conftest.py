@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from job_layouts import prompt_records, write_layouts
 
-from jobs.storage import Storage
+from jobs.storage.files import Storage
 
 
 @pytest.fixture(params=["local", "s3"])

@@ -17,11 +17,11 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from jobs.inputs import InputOptions, scan_input
-from jobs.listing import LISTING_SCHEMA
-from jobs.plan_store import list_generations, planned_items, write_plan
-from jobs.planning import plan_shards
-from jobs.storage import Storage
+from jobs.inputs.listing import LISTING_SCHEMA
+from jobs.inputs.scan import InputOptions, scan_input
+from jobs.planning.shards import plan_shards
+from jobs.planning.store import list_generations, planned_items, write_plan
+from jobs.storage.files import Storage
 
 BATCH = 16_384
 

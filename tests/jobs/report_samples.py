@@ -6,9 +6,9 @@ from html.parser import HTMLParser
 import numpy as np
 import pyarrow as pa
 
-from jobs.parts import commit_part
-from jobs.schema import TRANSCRIPT_SCHEMA
-from jobs.storage import Storage
+from jobs.storage.files import Storage
+from jobs.table.parts import commit_part
+from jobs.table.schema import TRANSCRIPT_SCHEMA
 from parakeet_core.errors import ErrorKind
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}  # elements without an end tag

@@ -2,7 +2,7 @@
 
 import pyarrow.dataset as ds
 
-from jobs.storage import Storage
+from jobs.storage.files import Storage
 
 
 def read_by_glob(output: Storage, folder: str) -> list[dict]:

@@ -53,7 +53,7 @@ def allowed(statements: list[dict], action: str, resource: str, context: dict[st
     )
 
 
-NEEDED = {  # jobs/storage.py and s3fs ask for these; a request for one object has no s3:prefix
+NEEDED = {  # jobs/storage/files.py and s3fs ask for these; a request for one object has no s3:prefix
     "is the input an object or a folder": ("s3:ListBucket", "input", {"s3:prefix": "in/a"}),
     "list the input": ("s3:ListBucket", "input", {"s3:prefix": "in/a/"}),
     "missing input object is 404, not 403": ("s3:ListBucket", "input", {}),

@@ -15,13 +15,13 @@ from job_layouts import job_config, prompt_records, write_layouts
 from job_samples import audio_bytes
 from table_reading import read_by_glob
 
-from jobs import merging
 from jobs.compact import CompactConfig, compact, main
-from jobs.folder_swap import recover_folder, swap_folder
-from jobs.merging import merge_parts
-from jobs.parts import find_committed
-from jobs.schema import TRANSCRIPT_SCHEMA
-from jobs.storage import Storage
+from jobs.storage.files import Storage
+from jobs.table import merging
+from jobs.table.folder_swap import recover_folder, swap_folder
+from jobs.table.merging import merge_parts
+from jobs.table.parts import find_committed
+from jobs.table.schema import TRANSCRIPT_SCHEMA
 from jobs.transcribe import run
 from parakeet_core.errors import ConfigError, InputError
 

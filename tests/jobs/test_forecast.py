@@ -15,7 +15,7 @@ from job_samples import audio_bytes
 
 from jobs.fleet import Fleet, simulate_run
 from jobs.forecast import ForecastConfig, count_requests, forecast_plan, main
-from jobs.storage import Storage
+from jobs.storage.files import Storage
 from jobs.transcribe import run
 from parakeet_core.errors import ConfigError
 

@@ -13,11 +13,11 @@ from fuzz_sandbox import damaged_bytes, damaged_tree
 from hypothesis import strategies as st
 from job_samples import audio_bytes, jsonl, tar_bytes
 
-from jobs.inputs import InputOptions, scan_input
-from jobs.plan_rows import PLAN_SCHEMA
-from jobs.reading import read_items
+from jobs.inputs.plan_rows import PLAN_SCHEMA
+from jobs.inputs.scan import InputOptions, scan_input
+from jobs.reading.items import read_items
 from jobs.stages import ITEM_FIELDS
-from jobs.storage import Storage
+from jobs.storage.files import Storage
 from parakeet_core.errors import InputError
 
 RECORDS = [

@@ -1,13 +1,13 @@
-"""jobs/histogram.py and the scales of jobs/charts.py against numpy and plain counting."""
+"""jobs/report/histogram.py and the scales of jobs/report/charts.py against numpy and plain counting."""
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobs.charts import ticks_up_to
-from jobs.histogram import Histogram
-from jobs.report_stats import CONFIDENCE_EDGES, DURATION_EDGES, RATE_EDGES
+from jobs.report.charts import ticks_up_to
+from jobs.report.histogram import Histogram
+from jobs.report.stats import CONFIDENCE_EDGES, DURATION_EDGES, RATE_EDGES
 
 tenths = st.lists(st.integers(0, 400_000).map(lambda tenth: tenth / 10), min_size=1, max_size=60)
 WIDTHS_S = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1200, 1800, 3600)

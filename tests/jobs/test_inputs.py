@@ -1,4 +1,4 @@
-"""jobs/inputs*.py and jobs/source_rules.py: listing -> layout -> plan rows."""
+"""jobs/inputs and jobs/sources/rules.py: listing -> layout -> plan rows."""
 
 import contextlib
 import gzip
@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from job_samples import SHARED_SPEECH, audio_bytes, jsonl, tar_bytes
 
-from jobs.inputs import InputOptions, scan_input
-from jobs.inputs_manifest import MAX_LINE_BYTES, parse_line
-from jobs.source_rules import SourceRules, check_host
-from jobs.storage import Storage
+from jobs.inputs.manifest import MAX_LINE_BYTES, parse_line
+from jobs.inputs.scan import InputOptions, scan_input
+from jobs.sources.rules import SourceRules, check_host
+from jobs.storage.files import Storage
 from parakeet_core.errors import ConfigError, InputError
 
 REMOTE = SourceRules(remote=True)

@@ -11,7 +11,7 @@ from job_samples import tone
 REPO = Path(__file__).resolve().parents[2]
 PREAMBLE = """
 import sys
-from jobs.isolation import ShardDecoder
+from jobs.reading.isolation import ShardDecoder
 from parakeet_core.errors import InputError
 poison, good = (open(path, "rb").read() for path in sys.argv[1:])
 

@@ -5,8 +5,8 @@ import shutil
 import pytest
 from job_layouts import TINY_EN
 
-from jobs.connections import StorageOptions
 from jobs.models import CACHE_VARIABLE, local_model, resolve_model
+from jobs.storage.connections import StorageOptions
 from parakeet_core import CheckpointError, load_checkpoint
 
 

@@ -1,4 +1,4 @@
-"""jobs/ownership.py, jobs/resume.py: of drivers that begin at once one goes on; what a receipt accounts for."""
+"""jobs/table/ownership.py, jobs/resume.py: of drivers that begin at once one goes on; what a receipt accounts for."""
 
 import json
 import threading
@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobs.ownership import JOB_FILE, JobIdentity, claim_output
-from jobs.plan_rows import plan_batch
-from jobs.plan_store import list_generations, write_plan
-from jobs.planning import PlanOptions, plan_shards
-from jobs.shard_names import pack_shards, unpack_shards
-from jobs.storage import Storage
+from jobs.inputs.plan_rows import plan_batch
+from jobs.planning.shards import PlanOptions, plan_shards
+from jobs.planning.store import list_generations, write_plan
+from jobs.storage.files import Storage
+from jobs.table.ownership import JOB_FILE, JobIdentity, claim_output
+from jobs.table.shard_names import pack_shards, unpack_shards
 from parakeet_core.errors import ConfigError
 
 ROUNDS, DRIVERS = 4, 3

@@ -1,4 +1,4 @@
-"""jobs/planning.py, plan_store.py, sizing.py, plan_report.py: plan rows -> shards -> generations on storage."""
+"""jobs/planning: plan rows -> shards -> generations on storage."""
 
 import json
 import os
@@ -17,13 +17,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from job_samples import SHARED_SPEECH, audio_bytes, jsonl, tar_bytes
 
-from jobs.inputs import InputOptions, scan_input
-from jobs.plan_report import describe_plan
-from jobs.plan_rows import digest_strings, plan_batch
-from jobs.plan_store import list_generations, planned_items, read_plan, read_shard, write_plan
-from jobs.planned_items import PlannedItems, contains, sort_digests
-from jobs.planning import PlanOptions, plan_shards
-from jobs.storage import Storage
+from jobs.inputs.plan_rows import digest_strings, plan_batch
+from jobs.inputs.scan import InputOptions, scan_input
+from jobs.planning.description import describe_plan
+from jobs.planning.planned_items import PlannedItems, contains, sort_digests
+from jobs.planning.shards import PlanOptions, plan_shards
+from jobs.planning.store import list_generations, planned_items, read_plan, read_shard, write_plan
+from jobs.storage.files import Storage
 from parakeet_core.errors import ConfigError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -228,8 +228,8 @@ def test_a_missing_generation_and_a_foreign_file_are_refused(tmp_path):
 
 
 def test_many_plan_files_and_buckets_hold_every_row(tmp_path, monkeypatch):
-    monkeypatch.setattr("jobs.plan_store.BUCKET_ROWS", 70)
-    monkeypatch.setattr("jobs.plan_store.SHARDS_PER_FILE", 16)
+    monkeypatch.setattr("jobs.planning.store.BUCKET_ROWS", 70)
+    monkeypatch.setattr("jobs.planning.store.SHARDS_PER_FILE", 16)
     storage = Storage(str(tmp_path))
     rows = known_rows(300)
     with plan_shards(batches_of(rows, 77), PlanOptions(shard_audio_s=1, shard_items=2)) as plan:

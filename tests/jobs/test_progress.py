@@ -6,11 +6,11 @@ import re
 
 import pytest
 
-from jobs.connections import StorageOptions
-from jobs.progress import ProgressDisplay, clock, hours
-from jobs.report import EventLog, Receipt, merge_tallies, summarise
-from jobs.schema import PartFacts
-from jobs.storage import Storage
+from jobs.report.progress import ProgressDisplay, clock, hours
+from jobs.report.receipt import EventLog, Receipt, merge_tallies, summarise
+from jobs.storage.connections import StorageOptions
+from jobs.storage.files import Storage
+from jobs.table.schema import PartFacts
 
 FACTS = PartFacts(
     rows=10, ok=8, empty=1, errors=1, audio_s=90.0, lost_s=10.0, word_errors=5, reference_words=50,

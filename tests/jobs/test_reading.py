@@ -1,4 +1,4 @@
-"""jobs/reading*.py: plan rows -> exactly one item each, with bytes or with the error that becomes its row."""
+"""jobs/reading, jobs/sources: plan rows -> one item each, with bytes or with the error that becomes its row."""
 
 import gzip
 import http.server
@@ -20,14 +20,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from job_samples import audio_bytes, jsonl, tar_bytes
 
-import jobs.sources
-from jobs.guarded_http import fetch_http
-from jobs.inputs import InputOptions, scan_input
-from jobs.plan_rows import PLAN_SCHEMA, plan_batch
-from jobs.reading import ReadItem, ReadLimits, SourceFile, _fetch_ahead, read_items
-from jobs.reading_containers import read_row_group
-from jobs.sources import SourceReader
-from jobs.storage import Storage
+import jobs.sources.reader
+from jobs.inputs.plan_rows import PLAN_SCHEMA, plan_batch
+from jobs.inputs.scan import InputOptions, scan_input
+from jobs.reading.containers import read_row_group
+from jobs.reading.items import ReadItem, ReadLimits, SourceFile, _fetch_ahead, read_items
+from jobs.sources.guarded_http import fetch_http
+from jobs.sources.reader import SourceReader
+from jobs.storage.files import Storage
 from parakeet_core.audio import load_audio
 from parakeet_core.errors import ErrorKind, InputError
 
@@ -71,7 +71,7 @@ def test_segments_of_a_large_source_are_read_by_seeking(storage, monkeypatch):
     storage.write_atomic("long.wav", buffer.getvalue())
     records = [{"audio_filepath": "long.wav", "offset": start, "duration": 1.0} for start in (10.0, 250.0)]
     storage.write_atomic("m.jsonl", jsonl(*records, {"audio_filepath": "long.wav", "offset": 400.0, "duration": 1.0}))
-    monkeypatch.setattr(jobs.sources, "WHOLE_BYTES", 1 << 20)
+    monkeypatch.setattr(jobs.sources.reader, "WHOLE_BYTES", 1 << 20)
     items = read(storage, "m.jsonl")
     assert [type(item.payload) for item in items] == [SourceFile] * 3
     for item in items[:2]:
@@ -338,7 +338,7 @@ def test_missing_tar_is_one_error(storage):
 
 
 def test_a_gzip_bomb_costs_one_row_and_little_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr("jobs.reading_containers.MAX_MEMBER_BYTES", 1 << 20)
+    monkeypatch.setattr("jobs.reading.containers.MAX_MEMBER_BYTES", 1 << 20)
     with gzip.open(tmp_path / "x.tar.gz", "wb", compresslevel=1) as file:
         file.write(tar_bytes({"a.wav": bytes(64 << 20), "b.wav": audio_bytes(0.1)}))
     assert kinds(read(Storage(str(tmp_path)))) == {"x.tar.gz/a": "too_long", "x.tar.gz/b": "bytes"}
@@ -402,7 +402,7 @@ def test_urls_are_encoded_and_what_is_not_a_url_is_a_bad_record(monkeypatch):
             self.end_headers()
             self.wfile.write(b"audio")
 
-    monkeypatch.setattr("jobs.guarded_http.is_public", lambda _address: True)  # the server is on the loopback
+    monkeypatch.setattr("jobs.sources.guarded_http.is_public", lambda _address: True)  # the server is on the loopback
     with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.handle_request, daemon=True).start()
         url = f"http://rebound.example:{server.server_port}/\u00fc b%20c.wav?q=\u00e9&r=1"
@@ -426,7 +426,7 @@ def test_signed_urls_open_their_audio_and_what_is_cut_short_is_fetched_again(tmp
             self.end_headers()
             self.wfile.write(audio[: 10 * (len(seen) - 1)] if len(seen) < 3 else audio)
 
-    monkeypatch.setattr("jobs.guarded_http.is_public", lambda _address: True)  # the server is on the loopback
+    monkeypatch.setattr("jobs.sources.guarded_http.is_public", lambda _address: True)  # the server is on the loopback
     monkeypatch.setattr("socket.getaddrinfo", resolve_rebound(socket.getaddrinfo))
     with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -449,13 +449,13 @@ def test_a_redirect_to_ftp_is_not_followed(monkeypatch):
             self.send_header("Location", f"ftp://127.0.0.1:{behind.getsockname()[1]}/x.wav")
             self.end_headers()
 
-    monkeypatch.setattr("jobs.guarded_http.is_public", lambda _address: True)  # the server is on the loopback
+    monkeypatch.setattr("jobs.sources.guarded_http.is_public", lambda _address: True)  # the server is on the loopback
     with (
         http.server.HTTPServer(("127.0.0.1", 0), Handler) as server,
         socket.create_server(("127.0.0.1", 0)) as behind,
     ):
         threading.Thread(target=server.handle_request, daemon=True).start()
-        monkeypatch.setattr("jobs.guarded_http.HTTP_TIMEOUT_S", 2)
+        monkeypatch.setattr("jobs.sources.guarded_http.HTTP_TIMEOUT_S", 2)
         with pytest.raises(InputError):
             fetch_through_name(f"http://rebound.example:{server.server_port}/x.wav")
         behind.settimeout(0)

@@ -1,9 +1,9 @@
-"""jobs/redaction.py: what of a URL may be written down."""
+"""jobs/storage/redaction.py: what of a URL may be written down."""
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobs.redaction import mask_signatures, redact_text, redact_url
+from jobs.storage.redaction import mask_signatures, redact_text, redact_url
 
 SIGNED = "https://h/a.wav?X-Amz-Algorithm=AWS4-HMAC-SHA256&X-Amz-Date=20260101T000000Z&X-Amz-Signature="
 

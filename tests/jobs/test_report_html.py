@@ -12,9 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 from report_samples import ERROR_MESSAGE, Page, error_row, ok_row, plausible_rows, receipt_of, write_parts
 
-from jobs.report_html import write_report
-from jobs.report_stats import MAX_PARTS, TEXT_SHOWN, committed_over_time
-from jobs.storage import Storage
+from jobs.report.page import write_report
+from jobs.report.stats import MAX_PARTS, TEXT_SHOWN, committed_over_time
+from jobs.storage.files import Storage
 from parakeet_core.errors import ErrorKind
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

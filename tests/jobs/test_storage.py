@@ -1,4 +1,4 @@
-"""jobs/storage.py against local disk and a real S3 server."""
+"""jobs/storage/files.py against local disk and a real S3 server."""
 
 import os
 import pickle
@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 from job_samples import audio_bytes
 
-from jobs.connections import StorageOptions, scrub
-from jobs.listing import list_files, resolve_input
-from jobs.local_files import HIDDEN_PREFIX
-from jobs.storage import Storage
+from jobs.inputs.listing import list_files, resolve_input
+from jobs.storage.connections import StorageOptions, scrub
+from jobs.storage.files import Storage
+from jobs.storage.local_files import HIDDEN_PREFIX
 from parakeet_core.errors import ConfigError, ErrorKind, InputError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -92,7 +92,7 @@ def test_a_failed_write_leaves_nothing(tmp_path):
 
 
 def test_a_killed_writer_leaves_nothing_among_the_files_of_a_table(tmp_path):
-    write = "import os, signal, sys; from jobs.storage import Storage\n"
+    write = "import os, signal, sys; from jobs.storage.files import Storage\n"
     write += "class Dies:\n    def read(self, _size): os.kill(os.getpid(), signal.SIGKILL)\n"
     write += "Storage(sys.argv[1]).write_atomic('table/part', Dies())"
     killed = subprocess.run([sys.executable, "-c", write, str(tmp_path)], cwd=REPOSITORY, check=False)
@@ -105,7 +105,7 @@ def test_a_killed_writer_leaves_nothing_among_the_files_of_a_table(tmp_path):
 
 def test_temporaries_of_dead_writers_go_and_those_of_living_ones_stay(tmp_path):
     """One writer that lives in another process, one that was killed, and two of another machine, young and old."""
-    write = "import sys, time; from jobs.storage import Storage\n"
+    write = "import sys, time; from jobs.storage.files import Storage\n"
     write += (
         "class Slow:\n    def read(self, _size): print('writing', flush=True); return sys.stdin.buffer.readline()\n"
     )

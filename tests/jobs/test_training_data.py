@@ -9,10 +9,10 @@ from job_layouts import PROMPTS, TINY_EN, job_config, prompt_records, read_table
 from job_samples import audio_bytes, jsonl
 from training_samples import PLAIN, make_task, prepare, prompt_manifest, train, training_config
 
-from jobs.storage import Storage
-from jobs.training_data import PreparedAudio
-from jobs.training_labels import ctc_frames, label_utterances, plain_text
-from jobs.training_metrics import ErrorCounts, read_metrics
+from jobs.storage.files import Storage
+from jobs.training.data import PreparedAudio
+from jobs.training.labels import ctc_frames, label_utterances, plain_text
+from jobs.training.metrics import ErrorCounts, read_metrics
 from jobs.transcribe import run
 from parakeet_core import ConfigError, decode_audio
 from parakeet_core.tokenizer import load_tokenizer
@@ -179,7 +179,7 @@ def test_error_counts():
     ids=lambda value: "" if isinstance(value, str) else "-".join(value),
 )
 def test_options_are_checked(options, message):
-    from jobs.training_config import FinetuneConfig
+    from jobs.training.config import FinetuneConfig
 
     with pytest.raises(ConfigError, match=message):
         FinetuneConfig(**{"train": ("a",), "validation": ("b",), "model": "m", "output": "o"} | options)

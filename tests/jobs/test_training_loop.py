@@ -14,10 +14,10 @@ from job_layouts import TINY_EN
 from safetensors.torch import load_file
 from training_samples import PLAIN, make_task, prompt_manifest, train, training_config
 
-from jobs.training_batches import Position, TrainingBatches, epoch_batches
-from jobs.training_checkpoint import list_checkpoints, load_checkpoint_into, read_progress, save_checkpoint
-from jobs.training_loop import TrainingRun
-from jobs.training_metrics import measurements, read_metrics
+from jobs.training.batches import Position, TrainingBatches, epoch_batches
+from jobs.training.checkpoint import list_checkpoints, load_checkpoint_into, read_progress, save_checkpoint
+from jobs.training.loop import TrainingRun
+from jobs.training.metrics import measurements, read_metrics
 from parakeet_core import CheckpointError, ConfigError, Transcriber
 from parakeet_core.training import LearningRate
 

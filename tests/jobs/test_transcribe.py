@@ -14,8 +14,8 @@ import soundfile
 from job_layouts import PROMPTS, TINY_EN, job_config, part_bytes, prompt_records, read_table
 from job_samples import SHARED_SPEECH, audio_bytes
 
-from jobs.schema import TRANSCRIPT_SCHEMA
-from jobs.storage import Storage
+from jobs.storage.files import Storage
+from jobs.table.schema import TRANSCRIPT_SCHEMA
 from jobs.transcribe import main, run
 from parakeet_core import ConfigError, Transcriber, decode_audio
 

@@ -9,11 +9,11 @@ import torch
 from job_layouts import TINY_EN, job_config, part_bytes, read_table
 from safetensors.torch import load_file, save_file
 
-from jobs.connections import DEFAULT_OPTIONS
 from jobs.models import resolve_model
-from jobs.parts import find_committed
-from jobs.plan_store import SHARD_SCHEMA, list_generations, read_plan
-from jobs.storage import Storage
+from jobs.planning.store import SHARD_SCHEMA, list_generations, read_plan
+from jobs.storage.connections import DEFAULT_OPTIONS
+from jobs.storage.files import Storage
+from jobs.table.parts import find_committed
 from jobs.transcribe import run
 from jobs.verify import choose_samples, verify_table
 

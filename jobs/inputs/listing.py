@@ -1,0 +1,167 @@
+"""What lies under an input: Arrow batches of (name, size), page by page or folder by folder, never all at once.
+
+Knows nothing of layouts, ids or plans. Names are relative to the input's root, with `/` between folders.
+"""
+
+import os
+import re
+from collections.abc import Iterator
+from functools import partial
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from fsspec.utils import glob_translate
+
+from jobs.storage.connections import S3_SCHEMES, StorageOptions, s3_pages, storage_errors
+from jobs.storage.files import Storage
+
+LISTING_SCHEMA = pa.schema([pa.field("name", pa.string()), pa.field("size_bytes", pa.int64())])
+BATCH_FILES = 16_384  # about 1.5 MB of names: large enough for Arrow to be fast, small enough to hold several
+HIDDEN = r"(^|/)[._]"  # the rule of Hadoop and Spark: a file or folder that starts with . or _ is not data
+
+
+def resolve_input(url: str, options: StorageOptions) -> tuple[Storage, str | None, str | None]:
+    """Split an input URL into the storage of its root and what to take of it.
+
+    Returns:
+        (storage, pattern, name): the whole folder if both are None; files matching the regular expression `pattern`, if
+        the URL holds `*`, `?` or `[`; or the one file `name`.
+    """
+    url = url.rstrip("/") if len(url) > 1 else url
+    storage = Storage(url, options)
+    whole = storage.root
+    if re.search(r"[*?\[]", whole) and not storage.exists(""):
+        folders = re.split(r"/(?=[^/]*[*?\[])", whole, maxsplit=1)[0]
+        rest = whole[len(folders) + 1 :]
+        root = Storage(folders if storage.is_local else f"{storage.scheme}://{folders}", options)
+        return root, glob_translate(rest), None
+    if is_file(storage):
+        parent, _, name = whole.rpartition("/")
+        return Storage((parent or "/") if storage.is_local else f"{storage.scheme}://{parent}", options), None, name
+    return storage, None, None
+
+
+def is_file(storage: Storage) -> bool:
+    """Whether the storage's own root is an object rather than a folder; MISSING_OBJECT if it is neither."""
+    with storage_errors(storage.url, storage.options):
+        if storage.is_local:
+            return not os.path.isdir(storage.root) and os.stat(storage.root) is not None
+        if storage.scheme in S3_SCHEMES:
+            if "/" not in storage.root:
+                return False
+            exact = next(s3_pages(storage.fs, storage.root, options=storage.options), [])
+            if any(key == storage.root for key, _ in exact):
+                return True
+            if any(key.startswith(f"{storage.root}/") for key, _ in exact):
+                return False
+            below = s3_pages(storage.fs, f"{storage.root}/", options=storage.options)
+            if next((page for page in below if page), None):
+                return False
+            raise FileNotFoundError(storage.url)
+        return storage.call("", storage.fs.info, storage.root)["type"] == "file"
+
+
+def list_files(storage: Storage, pattern: str | None = None, name: str | None = None) -> Iterator[pa.RecordBatch]:
+    """All files under the storage's root as batches of `LISTING_SCHEMA`, in no promised order.
+
+    Args:
+        pattern: keep only names that match this regular expression.
+        name: only this one file.
+
+    Raises:
+        InputError: the root does not exist or may not be listed.
+    """
+    with storage_errors(storage.url, storage.options):
+        if name is not None:
+            yield _batch([name], [storage.size(name)])
+            return
+        if storage.is_local:
+            found = _walk_local(storage.root)
+        elif storage.scheme in S3_SCHEMES:
+            found = _walk_s3(storage)
+        else:
+            found = _walk_fsspec(storage)
+        names, sizes = [], []
+        for file_name, size in found:
+            names.append(file_name)
+            sizes.append(size)
+            if len(names) == BATCH_FILES:
+                yield _matching(_batch(names, sizes), pattern)
+                names, sizes = [], []
+        yield _matching(_batch(names, sizes), pattern)
+
+
+def _batch(names: list[str], sizes: list[int]) -> pa.RecordBatch:
+    # A name that is not UTF-8 (possible on local disks) cannot be a string of the table; opening it would fail as well.
+    safe = [name.encode("utf-8", "surrogateescape").decode("utf-8", "replace") for name in names]
+    return pa.RecordBatch.from_arrays([pa.array(safe, pa.string()), pa.array(sizes, pa.int64())], schema=LISTING_SCHEMA)
+
+
+def _matching(batch: pa.RecordBatch, pattern: str | None) -> pa.RecordBatch:
+    if pattern is None:
+        return batch
+    matcher = re.compile(pattern)
+    return batch.filter(pa.array([matcher.match(name) is not None for name in batch["name"].to_pylist()], pa.bool_()))
+
+
+def _walk_local(root: str) -> Iterator[tuple[str, int]]:
+    if not os.path.isdir(root):
+        raise FileNotFoundError(root)
+    inside = os.path.realpath(root) + os.sep
+    waiting, links, entered = [""], [], set()
+    while waiting or links:
+        if (
+            not waiting
+        ):  # links to folders come last and sorted: which of two links to one folder counts is not left to chance
+            links.sort()
+            folder = links.pop(0)
+            target = os.path.realpath(os.path.join(root, folder)) + os.sep
+            if target.startswith(inside) or inside.startswith(target) or target in entered:
+                continue  # listed already under its own name, or a cycle
+            entered.add(target)
+            waiting.append(folder)
+        folder = waiting.pop()
+        with os.scandir(os.path.join(root, folder)) as entries:
+            for entry in entries:
+                name = f"{folder}/{entry.name}" if folder else entry.name
+                if entry.is_dir(follow_symlinks=False):
+                    waiting.append(name)
+                elif entry.is_symlink() and os.path.isdir(entry.path):
+                    links.append(name)
+                else:
+                    yield name, _local_size(entry)
+
+
+def _local_size(entry: os.DirEntry) -> int:
+    try:
+        return entry.stat().st_size
+    except FileNotFoundError:
+        return 0  # deleted since, or a broken link: stays an item, and becomes a MISSING_OBJECT row when it is read
+
+
+def _walk_s3(storage: Storage) -> Iterator[tuple[str, int]]:
+    prefix = f"{storage.root.rstrip('/')}/"
+    empty = True
+    for page in s3_pages(storage.fs, prefix, options=storage.options):
+        for key, size in page:
+            empty = False
+            if not key.endswith("/"):  # a folder marker of some tools, not a file
+                yield key[len(prefix) :], size
+    if empty and "/" in storage.root:
+        raise FileNotFoundError(storage.url)
+
+
+def _walk_fsspec(storage: Storage) -> Iterator[tuple[str, int]]:
+    prefix = f"{storage.root.rstrip('/')}/"
+    waiting = [storage.root]
+    while waiting:
+        for entry in storage.call("", partial(storage.fs.ls, detail=True, refresh=True), waiting.pop()):
+            if entry["type"] == "directory":
+                waiting.append(entry["name"])
+            else:
+                yield entry["name"].removeprefix(prefix), int(entry.get("size") or 0)
+
+
+def hidden_files(names: pa.Array) -> pa.Array:
+    """Boolean mask: names with a file or folder that starts with `.` or `_`."""
+    return pc.match_substring_regex(names, HIDDEN)

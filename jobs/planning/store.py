@@ -1,0 +1,286 @@
+"""Plans on storage: immutable generations under `plan/`, committed by their small JSON file, which is written last.
+
+    plan/plan-0000-1f2e3d4c-00000.parquet   rows of 256 shards, one row group per shard
+    plan/plan-0000-1f2e3d4c-shards.parquet  one row per shard: what the driver reads
+    plan/plan-0000.json                     the commit point: counts, fingerprint, names of the files above
+
+The names hold the plan's fingerprint, and so do the names of its shards and of their parts: two drivers that plan at
+once cannot mix theirs; the JSON file decides.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from jobs.inputs.plan_rows import PLACE_COLUMNS, PLAN_SCHEMA, digest_places, digest_strings
+from jobs.planning.facts import read_spill
+from jobs.planning.planned_items import PlannedItems, contains
+from jobs.planning.shards import Plan
+from jobs.storage.files import Storage
+from parakeet_core.errors import ConfigError, ErrorKind, InputError
+
+FOLDER = "plan"
+SHARDS_PER_FILE = 256  # a worker reads the footer of its plan file: about 200 KB at 256 row groups of 15 columns
+BUCKET_ROWS = 400_000  # rows sorted in memory at once while plan files are written, about 100 MB
+PLAN_FORMAT = 2  # of the files described above
+PLAN_DIGITS = 8  # of a plan's fingerprint, in names
+READ_THREADS = 8  # plan files read at a time: each is a few requests of 20-100 ms on an object store
+RACE = "another run has begun this output at the same moment; this one has written no transcript: run it again"
+SHARD_SCHEMA = pa.schema(
+    [
+        pa.field("shard", pa.string(), nullable=False),  # "0000-000012-1f2e3d4c": generation, number, plan
+        pa.field("plan_file", pa.string(), nullable=False),
+        pa.field("row_group", pa.int32(), nullable=False),
+        pa.field("rows", pa.int64(), nullable=False),
+        pa.field("items", pa.int64(), nullable=False),  # known items; tars count as 0 until they are read
+        pa.field("audio_s", pa.float64(), nullable=False),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What `plan-{g}.json` says."""
+
+    generation: int
+    fingerprint: str
+    shards: int
+    rows: int
+    items: int
+    exact: bool
+    audio_s: float
+    rejected: int
+    duplicates: int
+    shard_audio_s: float
+    shards_file: str
+    files: tuple[str, ...]
+    options: dict
+
+
+def shard_name(generation: int, index: int, fingerprint: str) -> str:
+    return f"{generation:04d}-{index:06d}-{fingerprint[:PLAN_DIGITS]}"
+
+
+def generation_name(generation: int) -> str:
+    return f"plan-{generation:04d}.json"
+
+
+def list_generations(storage: Storage) -> list[Generation]:
+    """The committed generations, in order.
+
+    Raises:
+        ConfigError: a generation is missing, or written by another version.
+    """
+    names = [name for name in storage.list_names(FOLDER) if name.endswith(".json")]
+    # Some stores list a new object only after a while, and a plan taken for missing would be a job with nothing to do.
+    # So the name that comes next is asked for, which they answer rightly.
+    while (following := generation_name(len(names))) not in names and storage.exists(f"{FOLDER}/{following}"):
+        names.append(following)
+    found = [_read_generation(storage, name) for name in names]
+    found.sort(key=lambda generation: generation.generation)
+    if [generation.generation for generation in found] != list(range(len(found))):
+        raise ConfigError(f"{storage.url}/{FOLDER}: found {names}; expected generations from 0 without a gap")
+    return found
+
+
+def _read_generation(storage: Storage, name: str) -> Generation:
+    try:
+        record = json.loads(storage.read_bytes(f"{FOLDER}/{name}"))
+        version = record.pop("plan_format")
+        if version != PLAN_FORMAT:
+            raise ConfigError(f"{storage.url}/{FOLDER}/{name}: plan format {version}, expected {PLAN_FORMAT}")
+        return Generation(**record | {"files": tuple(record["files"])})
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{storage.url}/{FOLDER}/{name}: not a plan of this program ({error})") from error
+
+
+def read_plan(storage: Storage, generations: Sequence[Generation]) -> pa.Table:
+    """All shards of the generations, `SHARD_SCHEMA`, longest first within a generation."""
+    tables = [
+        pq.read_table(pa.BufferReader(storage.read_bytes(f"{FOLDER}/{generation.shards_file}")), schema=SHARD_SCHEMA)
+        for generation in generations
+    ]
+    return pa.concat_tables(tables) if tables else SHARD_SCHEMA.empty_table()
+
+
+def read_shard(storage: Storage, plan_file: str, row_group: int) -> pa.Table:
+    """The rows of one shard, `PLAN_SCHEMA`, in reading order."""
+    with storage.open(f"{FOLDER}/{plan_file}") as file:
+        return pq.ParquetFile(file).read_row_group(row_group).cast(PLAN_SCHEMA)
+
+
+def planned_items(storage: Storage, generations: Sequence[Generation]) -> PlannedItems:
+    """What the generations hold; 16 bytes per item in memory."""
+
+    def names(batch: pa.RecordBatch) -> tuple[np.ndarray, ...]:
+        renamed = pc.is_valid(batch["given_id"])
+        columns = batch["id"].filter(pc.invert(renamed)), batch["given_id"].filter(renamed), batch["id"].filter(renamed)
+        return tuple(digest_strings(column) for column in columns)
+
+    def places(digests: np.ndarray) -> tuple[np.ndarray, ...]:
+        def wanted(batch: pa.RecordBatch) -> tuple[np.ndarray, ...]:
+            digest = digest_strings(pc.coalesce(batch["given_id"], batch["id"]))
+            chosen = contains(digests, digest)
+            return digest[chosen], digest_places(batch.filter(pa.array(chosen)))
+
+        return _gather(storage, generations, ["given_id", "id", *PLACE_COLUMNS], wanted)
+
+    if not generations:
+        return PlannedItems()
+    return PlannedItems(*_gather(storage, generations, ["id", "given_id"], names), places)
+
+
+def _gather(
+    storage: Storage,
+    generations: Sequence[Generation],
+    columns: list[str],
+    arrays_of: Callable[[pa.RecordBatch], tuple[np.ndarray, ...]],
+) -> tuple[np.ndarray, ...]:
+    """The arrays of every batch of every plan file, in order, joined."""
+
+    def read(name: str) -> list[tuple[np.ndarray, ...]]:
+        with storage.open(f"{FOLDER}/{name}") as file:
+            return [arrays_of(batch) for batch in pq.ParquetFile(file).iter_batches(1 << 16, columns=columns)]
+
+    files = [name for generation in generations for name in generation.files]
+    with ThreadPoolExecutor(READ_THREADS) as pool:
+        found = [arrays for arrays_of_file in pool.map(read, files) for arrays in arrays_of_file]
+    return tuple(np.concatenate(column) for column in zip(*found, strict=True))
+
+
+def write_plan(storage: Storage, plan: Plan, options: dict | None = None) -> Generation:
+    """Store a plan as its generation. Stopped before its last write, it leaves no generation behind.
+
+    Args:
+        options: what the plan depends on besides the input, kept beside it as JSON.
+
+    Returns:
+        The generation that is committed: another driver's, if one was faster.
+
+    Raises:
+        ConfigError: the plan has no shards, or another driver replaces it just now.
+    """
+    if not plan.shards:
+        raise ConfigError("the plan has no shards: nothing in the input is new")
+    stem = f"plan-{plan.generation:04d}-{plan.fingerprint[:8]}"
+    files = []
+    for chunk, data in plan_files(plan):
+        files.append(f"{stem}-{chunk:05d}.parquet")
+        storage.write_atomic(f"{FOLDER}/{files[-1]}", data)
+    shards_file = f"{stem}-shards.parquet"
+    storage.write_atomic(f"{FOLDER}/{shards_file}", _parquet_bytes(shard_table(plan, files)))
+    generation = Generation(
+        generation=plan.generation,
+        fingerprint=plan.fingerprint,
+        shards=plan.shards,
+        rows=int(plan.shard_rows.sum()),
+        items=plan.items,
+        exact=plan.exact,
+        audio_s=plan.audio_s,
+        rejected=plan.rejected,
+        duplicates=plan.duplicates,
+        shard_audio_s=plan.shard_audio_s,
+        shards_file=shards_file,
+        files=tuple(files),
+        options=options or {},
+    )
+    name = f"{FOLDER}/{generation_name(plan.generation)}"
+    record = {"plan_format": PLAN_FORMAT, **vars(generation)}
+    storage.write_atomic(name, json.dumps(record, indent=1, sort_keys=True).encode(), exclusive=True)
+    try:  # not every server honours `exclusive`: what holds?
+        return _read_generation(storage, name.removeprefix(f"{FOLDER}/"))
+    except InputError as error:
+        if error.kind != ErrorKind.MISSING_OBJECT:
+            raise
+        raise ConfigError(
+            f"{storage.url}: {RACE}"
+        ) from error  # rclone has neither of two objects while one replaces it
+
+
+def shard_table(plan: Plan, files: list[str]) -> pa.Table:
+    """One row per shard of a plan whose rows are in `files`."""
+    index = np.arange(plan.shards)
+    columns = {
+        "shard": [shard_name(plan.generation, number, plan.fingerprint) for number in index],
+        "plan_file": [files[number // SHARDS_PER_FILE] for number in index],
+        "row_group": index % SHARDS_PER_FILE,
+        "rows": plan.shard_rows,
+        "items": plan.shard_items,
+        "audio_s": plan.shard_audio,
+    }
+    return pa.table([pa.array(columns[f.name], f.type) for f in SHARD_SCHEMA], schema=SHARD_SCHEMA)
+
+
+def plan_files(plan: Plan) -> Iterator[tuple[int, bytes]]:
+    """(number, content) of each plan file: the spilled rows, gathered by shard, in reading order."""
+    bucket_of_file = _buckets(plan)
+    folder = f"{plan.spill.name}/buckets"
+    _distribute(plan, bucket_of_file, folder)
+    for bucket in np.unique(bucket_of_file).tolist():
+        with pa.OSFile(f"{folder}-{bucket}.arrow") as file:
+            table = pa.ipc.open_stream(file).read_all()
+        keys = [(name, "ascending") for name in ("shard", "source", "offset_s", "channel", "id")]
+        order = pc.sort_indices(table, sort_keys=keys)
+        shards = table["shard"].to_numpy()[order.to_numpy()]
+        for number in np.flatnonzero(bucket_of_file == bucket):
+            first, last = number * SHARDS_PER_FILE, min((number + 1) * SHARDS_PER_FILE, plan.shards)
+            edges = np.searchsorted(shards, np.arange(first, last + 1))
+            rows = table.take(order[int(edges[0]) : int(edges[-1])]).drop_columns(["shard"])
+            yield int(number), _parquet_bytes(rows, edges - edges[0])
+
+
+def _buckets(plan: Plan) -> np.ndarray:
+    """Bucket of each plan file: consecutive files, together about `BUCKET_ROWS` rows."""
+    rows = np.add.reduceat(plan.shard_rows, np.arange(0, plan.shards, SHARDS_PER_FILE))
+    return (np.cumsum(rows) - rows) // BUCKET_ROWS
+
+
+def _distribute(plan: Plan, bucket_of_file: np.ndarray, folder: str) -> None:
+    """Copy the spilled rows of this generation, with final ids and seconds, to one Arrow file per bucket."""
+    schema = PLAN_SCHEMA.append(pa.field("shard", pa.int32()))
+    writers: dict[int, tuple[pa.OSFile, pa.ipc.RecordBatchStreamWriter]] = {}
+    for bucket in np.unique(bucket_of_file).tolist():
+        file = pa.OSFile(f"{folder}-{bucket}.arrow", "wb")
+        writers[bucket] = file, pa.ipc.new_stream(file, schema, options=pa.ipc.IpcWriteOptions(compression="lz4"))
+    for first, batch in read_spill(plan.spill.name):
+        shard = plan.shard_of[first : first + len(batch)]
+        ids = plan.renamed.apply(first, batch["id"])
+        estimate = pa.array(plan.facts.audio_s[first : first + len(batch)].astype(np.float64))
+        seconds = pc.coalesce(batch["audio_s"], estimate)
+        given = pc.if_else(plan.renamed.mask(first, len(batch)), batch["id"], pa.scalar(None, pa.string()))
+        batch = batch.set_column(0, PLAN_SCHEMA.field(0), ids)
+        batch = batch.set_column(PLAN_SCHEMA.get_field_index("given_id"), PLAN_SCHEMA.field("given_id"), given)
+        batch = batch.set_column(PLAN_SCHEMA.get_field_index("audio_s"), PLAN_SCHEMA.field("audio_s"), seconds)
+        table = pa.Table.from_batches([batch]).append_column(schema.field("shard"), pa.array(shard))
+        bucket = np.where(shard < 0, -1, bucket_of_file[shard // SHARDS_PER_FILE])
+        order = np.argsort(bucket, kind="stable")
+        values, starts = np.unique(bucket[order], return_index=True)
+        for value, rows in zip(values.tolist(), np.split(order, starts[1:]), strict=True):
+            if value >= 0:
+                writers[value][1].write_table(table.take(pa.array(rows)))
+    for file, writer in writers.values():
+        writer.close()
+        file.close()
+
+
+def _parquet_bytes(table: pa.Table, edges: np.ndarray | None = None) -> bytes:
+    """Parquet with one row group per range between `edges`. Statistics would only make the footer larger."""
+    sink = pa.BufferOutputStream()
+    options = {
+        "compression": "zstd",
+        "write_statistics": False,
+        "use_dictionary": ["layout", "error_kind", "plan_file"],
+    }
+    with pq.ParquetWriter(sink, table.schema, **options) as writer:
+        for start, stop in zip(edges[:-1], edges[1:], strict=True) if edges is not None else [(0, len(table))]:
+            writer.write_table(table.slice(int(start), int(stop - start)), row_group_size=max(1, int(stop - start)))
+    return sink.getvalue().to_pybytes()
+
+
+__all__ = ["SHARD_SCHEMA", "Generation", "list_generations", "planned_items", "read_plan", "read_shard", "write_plan"]

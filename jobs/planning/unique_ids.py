@@ -1,0 +1,145 @@
+"""Which rows of an input are new, and an id of its own for each of them: by 128-bit digests, in bounded memory.
+
+Ids decide what is new; among rows that share one, the place of the audio does. Ids of earlier generations stay as they
+are, whatever comes before them in the input now. Knows nothing of shards.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from jobs.inputs.plan_rows import digest_places, digest_strings
+from jobs.planning.facts import RowFacts, read_spill
+from jobs.planning.planned_items import PlannedItems, contains, sort_digests
+
+
+@dataclass
+class Renamed:
+    """Rows whose id was not the first of its name: row numbers, ascending int64 [R], and their new ids."""
+
+    rows: np.ndarray
+    ids: pa.Array
+
+    def mask(self, first: int, length: int) -> pa.Array:
+        """Which of the rows from `first` on have a new id."""
+        start, stop = np.searchsorted(self.rows, [first, first + length])
+        mask = np.zeros(length, bool)
+        mask[self.rows[start:stop] - first] = True
+        return pa.array(mask)
+
+    def apply(self, first: int, ids: pa.Array) -> pa.Array:
+        """The ids of the rows from `first` on, with those replaced that have a new one."""
+        start, stop = np.searchsorted(self.rows, [first, first + len(ids)])
+        if start == stop:
+            return ids
+        return pc.replace_with_mask(ids, self.mask(first, len(ids)), self.ids.slice(start, stop - start))
+
+
+def find_new(facts: RowFacts, folder: str, planned: PlannedItems) -> np.ndarray:
+    """Which rows no earlier generation holds. bool [N].
+
+    A row whose id is its own, now and in the plan, is known by it. Where either has the id several times, a row is
+    known if the plan holds an item of that id at the same place (source, segment, channel), as often as the plan does.
+    """
+    if not len(planned):
+        return np.ones(len(facts), bool)
+    new = ~planned.holds(facts.digest)
+    repeats, _ = repeated_rows(facts.digest)
+    shared = contains(sort_digests(facts.digest[repeats]), facts.digest) | planned.repeats(facts.digest)
+    rows = np.flatnonzero(shared & ~new)
+    if len(rows):
+        new[rows] = _unmatched(facts.digest[rows], _places_of(rows, folder), planned)
+    return new
+
+
+def _unmatched(digest: np.ndarray, places: np.ndarray, planned: PlannedItems) -> np.ndarray:
+    """Rows, in input order, for which the plan has no item of this id and place left. bool [R]."""
+    held = Counter(_keys(*planned.places(sort_digests(digest))))
+    unmatched = np.zeros(len(digest), bool)
+    for row, key in enumerate(_keys(digest, places)):
+        unmatched[row] = not held[key]
+        held[key] -= bool(held[key])
+    return unmatched
+
+
+def _keys(digest: np.ndarray, places: np.ndarray) -> Iterator[tuple[int, int, int]]:
+    return zip(digest[:, 0].tolist(), digest[:, 1].tolist(), places.tolist(), strict=True)
+
+
+def make_unique(facts: RowFacts, new: np.ndarray, folder: str, planned: PlannedItems) -> Renamed:
+    """Give every new row an id that no other row and no planned item has. Updates `facts.digest`.
+
+    The 2nd, 3rd, ... row of one id get `~2`, `~3`, ... behind it: planned items come first, new rows follow in input
+    order. Should that id be taken as well, the rule is applied again (`a~2~2`).
+
+    Args:
+        new: bool [N], of `find_new`.
+    """
+    renamed = Renamed(np.empty(0, np.int64), pa.array([], pa.string()))
+    everything = bool(new.all())
+    numbers = None if everything else np.flatnonzero(new)
+    earlier = np.concatenate([planned.plain, planned.given]) if len(planned.given) else planned.plain
+    while True:
+        digest = facts.digest if everything else facts.digest[numbers]
+        taken = earlier[contains(sort_digests(digest), earlier)] if len(earlier) else earlier
+        rows, occurrence = repeated_rows(np.concatenate([taken, digest]) if len(taken) else digest)
+        rows, occurrence = rows[rows >= len(taken)] - len(taken), occurrence[rows >= len(taken)]
+        if not len(rows):
+            return renamed
+        rows = rows if everything else numbers[rows]
+        ids = pc.binary_join_element_wise(
+            _ids_of(rows, renamed, folder), pc.cast(pa.array(occurrence), pa.string()), "~"
+        )
+        facts.digest[rows] = digest_strings(ids)
+        renamed = _merge(renamed, rows, ids)
+        if len(planned.given):  # from now on it counts what ids the plan has made, not what it was given
+            earlier = np.concatenate([planned.plain, planned.names])
+
+
+def _merge(renamed: Renamed, rows: np.ndarray, ids: pa.Array) -> Renamed:
+    kept = ~np.isin(renamed.rows, rows)
+    merged = np.concatenate([renamed.rows[kept], rows])
+    order = np.argsort(merged)
+    joined = pa.concat_arrays([renamed.ids.filter(pa.array(kept)), ids])
+    return Renamed(merged[order], joined.take(pa.array(order)))
+
+
+def repeated_rows(digest: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows, ascending, whose digest occurred in an earlier row, and which occurrence each is (2, 3, ...)."""
+    halves = np.sort(digest[:, 0])
+    suspects = np.flatnonzero(np.isin(digest[:, 0], halves[1:][halves[1:] == halves[:-1]]))
+    del halves
+    order = suspects[
+        np.lexsort((digest[suspects, 1], digest[suspects, 0]))
+    ]  # stable: equal digests stay in input order
+    same = np.zeros(len(order), bool)
+    same[1:] = (digest[order[1:]] == digest[order[:-1]]).all(axis=1)
+    positions = np.flatnonzero(same)
+    if not len(positions):
+        return positions, positions
+    first = np.flatnonzero(~same)
+    run_start = first[np.searchsorted(first, positions, side="right") - 1]
+    rows = order[positions]
+    by_row = np.argsort(rows)
+    return rows[by_row], (positions - run_start + 1)[by_row]
+
+
+def _ids_of(rows: np.ndarray, renamed: Renamed, folder: str) -> pa.Array:
+    found = [renamed.apply(first, batch["id"]).take(chosen) for first, batch, chosen in _spilled(rows, folder)]
+    return pa.concat_arrays(found)
+
+
+def _places_of(rows: np.ndarray, folder: str) -> np.ndarray:
+    return np.concatenate([digest_places(batch.take(chosen)) for _, batch, chosen in _spilled(rows, folder)])
+
+
+def _spilled(rows: np.ndarray, folder: str) -> Iterator[tuple[int, pa.RecordBatch, pa.Array]]:
+    """(number of its first row, batch, which of its rows) of the spilled batches that hold some of `rows`."""
+    for first, batch in read_spill(folder):
+        start, stop = np.searchsorted(rows, [first, first + len(batch)])
+        if start < stop:
+            yield first, batch, pa.array(rows[start:stop] - first)

@@ -1,0 +1,59 @@
+"""Two folders of one local disk change places in one step, so that no reader sees anything between.
+
+Python has no call for it; Linux has: renameat2 with RENAME_EXCHANGE (since 3.15; ext4, xfs, btrfs, tmpfs, overlayfs).
+"""
+
+import ctypes
+import os
+from collections.abc import Iterable
+
+from jobs.storage.local_files import sync_folder
+from jobs.table.parts import PART_NAME
+
+AT_FDCWD, RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
+
+
+def swap_folder(folder: str, beside: str, kept: Iterable[str]) -> bool:
+    """Complete the folder `beside` with the files `kept` of `folder`, as hard links, and let the two change places.
+
+    Returns:
+        False if this system cannot; nothing has changed then.
+    """
+    try:
+        for name in kept:
+            _link(f"{folder}/{name}", f"{beside}/{name}")
+    except OSError:
+        return False  # a disk without hard links
+    sync_folder(beside)
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename is None or rename(AT_FDCWD, os.fsencode(folder), AT_FDCWD, os.fsencode(beside), RENAME_EXCHANGE):
+        return False
+    sync_folder(os.path.dirname(folder))
+    return True
+
+
+def _link(source: str, target: str) -> None:
+    """A hard link; one of an earlier try may be of a file that was replaced since."""
+    if os.path.exists(target) and not os.path.samefile(source, target):
+        os.unlink(target)
+    if not os.path.exists(target):
+        os.link(source, target)
+
+
+def recover_folder(folder: str, old: str, shards: set[str]) -> None:
+    """Bring parts of `old` into `folder` that were committed there by a job that ran while the two changed places.
+
+    Args:
+        shards: that `folder` holds.
+    """
+    for name in os.listdir(old):
+        found = PART_NAME.match(name)
+        if found is None:
+            continue
+        there = f"{folder}/{name}"
+        if os.path.exists(there):
+            late = os.stat(f"{old}/{name}").st_mtime_ns > os.stat(there).st_mtime_ns
+        else:
+            late = found["shard"] not in shards
+        if late:
+            os.replace(f"{old}/{name}", there)

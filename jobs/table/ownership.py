@@ -1,0 +1,106 @@
+"""What an output folder belongs to: one model in one dtype. Other versions of its table lie in folders of their own.
+
+OUTPUT/job.json                  the identity this output belongs to, written once
+OUTPUT/versions/<fingerprint>/   the output of another identity, of the same form as OUTPUT itself
+"""
+
+import hashlib
+import json
+import time
+from dataclasses import dataclass
+
+from jobs.planning.store import RACE, Generation, list_generations
+from jobs.storage.files import Storage
+from jobs.table.schema import SCHEMA_VERSION
+from parakeet_core.errors import ConfigError
+
+JOB_FILE = "job.json"
+VERSIONS_FOLDER = "versions"
+RESULTS_VERSION = 1  # raise it when a change of the code gives other transcripts for the same audio and weights
+FINGERPRINT_DIGITS = 10  # of 64: names stay short, and one output never sees many configurations
+SETTLE_S = 2.0  # a put of a few hundred bytes takes 20-100 ms, with a retry less than a second
+
+
+@dataclass(frozen=True)
+class JobIdentity:
+    """What decides the text of a row besides its audio. Two runs with one identity may share an output.
+
+    Attributes:
+        weights_sha256: digest of the checkpoint's weights.
+        dtype: the model runs in.
+        model: name of the checkpoint, for people; not part of the fingerprint.
+    """
+
+    weights_sha256: str
+    dtype: str
+    model: str
+
+    @property
+    def fingerprint(self) -> str:
+        values = [SCHEMA_VERSION, RESULTS_VERSION, self.weights_sha256, self.dtype]
+        return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:FINGERPRINT_DIGITS]
+
+
+def recorded_dtype(output: Storage) -> str | None:
+    """The dtype that an output was begun with; None for an output that nobody has begun."""
+    return (_job_record(output) or {}).get("dtype")
+
+
+def recorded_fingerprint(output: Storage) -> str | None:
+    """The fingerprint of the table in an output; None for an output that nobody has begun."""
+    return (_job_record(output) or {}).get("fingerprint")
+
+
+def version_of(output: Storage, identity: JobIdentity) -> Storage:
+    """Where this identity's table lies: the output itself if it is free or its own, else a folder for this version."""
+    record = _job_record(output)
+    if record is None or record["fingerprint"] == identity.fingerprint:
+        return output
+    return Storage(f"{output.url}/{VERSIONS_FOLDER}/{identity.fingerprint}", output.options)
+
+
+def claim_output(output: Storage, identity: JobIdentity, generations: list[Generation]) -> None:
+    """Mark an output as this identity's, and make sure that it and the plan hold against drivers of the same moment.
+
+    Without conditional put a second driver may still overwrite what this one wrote: it looked before, and its request
+    was on its way. It has arrived once SETTLE_S have gone, and what is there then holds for all.
+
+    Args:
+        generations: the plan that this run would carry out.
+
+    Raises:
+        ConfigError: it belongs to another model or dtype, or another driver's plan holds.
+    """
+    record = {"fingerprint": identity.fingerprint, **vars(identity), "results_version": RESULTS_VERSION}
+    output.write_atomic(JOB_FILE, json.dumps(record, indent=1).encode(), exclusive=True)
+    if not output.is_local:
+        time.sleep(SETTLE_S)
+    check_output(output, identity)
+    if recorded_dtype(output) is None or list_generations(output) != generations:
+        raise ConfigError(f"{output.url}: {RACE}")
+
+
+def check_output(output: Storage, identity: JobIdentity) -> None:
+    """Refuse an output that another model or dtype has begun; an output that nobody has begun is fine."""
+    found = _job_record(output)
+    if found is not None and found["fingerprint"] != identity.fingerprint:
+        raise ConfigError(
+            f"{output.url} holds transcripts of another configuration: found {found['fingerprint']} "
+            f"(model {found.get('model')}, weights {str(found.get('weights_sha256'))[:12]}, {found.get('dtype')}), "
+            f"this run is {identity.fingerprint} "
+            f"(model {identity.model}, weights {identity.weights_sha256[:12]}, {identity.dtype}); use the same model "
+            f"and --dtype, another --output, or --new-version to have both: this one's table would come under "
+            f"{output.url}/{VERSIONS_FOLDER}/{identity.fingerprint}/"
+        )
+
+
+def _job_record(output: Storage) -> dict | None:
+    if not output.exists(JOB_FILE):
+        return None
+    try:
+        record = json.loads(output.read_bytes(JOB_FILE))
+        return record | {"fingerprint": record["fingerprint"]}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{output.url}/{JOB_FILE}: not a record of this program ({error}); use an empty --output"
+        ) from error

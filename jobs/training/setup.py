@@ -1,0 +1,141 @@
+"""Options and prepared data -> what the workers are told: architecture, tokenizer, labels; and whose output it is."""
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import pyarrow as pa
+
+import parakeet_core
+from jobs.models import ModelReference
+from jobs.storage.files import Storage
+from jobs.table.schema import normalise_words
+from jobs.training.config import FinetuneConfig
+from jobs.training.labels import LabelReport, Utterances, label_utterances, plain_text
+from parakeet_core.checkpoint_hf import read_encoder_config
+from parakeet_core.config import EncoderConfig, FrontendConfig, ModelConfig
+from parakeet_core.errors import ConfigError
+from parakeet_core.export import checkpoint_files
+from parakeet_core.tokenizer import SentencePieceTokenizer, Tokenizer
+from parakeet_core.tokenizer_training import train_tokenizer
+
+RUN_FILE, LABELS_FILE = "finetune.json", "labels.json"
+MODEL_FOLDER = "model"
+TOKENIZER_FILE = f"{MODEL_FOLDER}/tokenizer.model"
+
+
+def claim_output(output: Storage, config: FinetuneConfig, start: ModelReference | None) -> None:
+    """Mark an output as this run's, or check that it is.
+
+    Raises:
+        ConfigError: another run has begun it.
+    """
+    origin = start.digest if start else hashlib.sha256(Path(config.model_config).read_bytes()).hexdigest()
+    options = json.loads(json.dumps(config.decisive_options()))
+    record = {"fingerprint": config.fingerprint(origin), "weights_sha256": origin, "options": options}
+    record |= {"code_version": parakeet_core.__version__}
+    output.write_atomic(RUN_FILE, json.dumps(record, indent=1).encode(), exclusive=True)
+    try:
+        found = json.loads(output.read_bytes(RUN_FILE))
+        same, options_found = found["fingerprint"] == record["fingerprint"], found["options"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{output.url}/{RUN_FILE}: not a record of this program ({error})") from error
+    if not same:
+        changed = [f"{name} {options_found.get(name)} there, {options[name]} here" for name in options]
+        changed = [
+            text for name, text in zip(options, changed, strict=True) if options_found.get(name) != options[name]
+        ]
+        raise ConfigError(
+            f"{output.url} holds another run ({'; '.join(changed) or 'other weights to start from'}); "
+            "use another --output, or the same options"
+        )
+
+
+def architecture(config: FinetuneConfig, start: ModelReference | None) -> tuple[EncoderConfig, FrontendConfig]:
+    """Encoder and front end, from the checkpoint or from --model-config, with the dropout that was asked for.
+
+    Raises:
+        CheckpointError: --model-config does not describe an encoder.
+    """
+    if start is not None:
+        encoder, frontend = start.config.encoder, start.config.frontend
+    else:
+        encoder = read_encoder_config(Path(config.model_config))
+        frontend = FrontendConfig(n_mels=encoder.n_mels)
+    if config.dropout is not None:
+        rates = dict.fromkeys(("dropout", "activation_dropout", "attention_dropout"), config.dropout)
+        encoder = dataclasses.replace(encoder, **rates, layerdrop=min(encoder.layerdrop, config.dropout))
+    return encoder, frontend
+
+
+def choose_tokenizer(
+    config: FinetuneConfig, start: ModelReference | None, index: pa.Table, output: Storage
+) -> Tokenizer:
+    """The checkpoint's, or a new one from the training texts, which is made once and kept in the output.
+
+    Raises:
+        ConfigError: the texts do not give so many pieces.
+    """
+    if config.vocab_size is None:
+        return start.tokenizer
+    if not output.exists(TOKENIZER_FILE):
+        usable = index.filter(index["rejection"].is_null())["text"].to_pylist()
+        texts = [text for text in usable if text.strip()]
+        if config.text_form != "raw":  # a new tokenizer knows no capitals unless it is made for them
+            texts = [normalise_words(text) for text in texts]
+        output.write_atomic(TOKENIZER_FILE, train_tokenizer(texts, config.vocab_size).content())
+    return SentencePieceTokenizer(output.read_bytes(TOKENIZER_FILE))
+
+
+def model_config(
+    encoder: EncoderConfig, frontend: FrontendConfig, tokenizer: Tokenizer, config: FinetuneConfig, start
+) -> ModelConfig:
+    """Of the model that is trained. A new vocabulary has its blank behind the last piece."""
+    if config.vocab_size is None:
+        return dataclasses.replace(start.config, encoder=encoder)
+    return ModelConfig(encoder, frontend, vocab_size=len(tokenizer.pieces) + 1, blank_id=len(tokenizer.pieces))
+
+
+def label_splits(
+    config: FinetuneConfig, model: ModelConfig, tokenizer: Tokenizer, train: pa.Table, validation: pa.Table
+) -> dict[str, tuple[Utterances, LabelReport]]:
+    """Both splits, checked.
+
+    Raises:
+        ConfigError: nothing is left of one of them.
+    """
+    plain = plain_text(config.text_form, tokenizer)
+    fastest = max(config.speed_factors)
+    splits = {
+        "train": label_utterances(train, tokenizer, model, plain, config.min_audio_s, fastest),
+        "validation": label_utterances(validation, tokenizer, model, plain),
+    }
+    for split, (utterances, report) in splits.items():
+        if not len(utterances):
+            reasons = ", ".join(f"{count} {reason}" for reason, count in report.rejected.items())
+            raise ConfigError(
+                f"--{split}: none of {report.items} items can be used ({reasons or 'the input is empty'})"
+            )
+    return splits
+
+
+def write_model_files(output: Storage, model: ModelConfig, tokenizer: Tokenizer) -> None:
+    """Everything of OUTPUT/model/ but the weights, which come with the first measurement."""
+    for name, content in checkpoint_files(model, tokenizer).items():
+        output.write_atomic(f"{MODEL_FOLDER}/{name}", content)
+
+
+def write_label_report(output: Storage, splits: dict[str, tuple[Utterances, LabelReport]]) -> None:
+    record = {split: asdict(report) for split, (_, report) in splits.items()}
+    output.write_atomic(LABELS_FILE, json.dumps(record, indent=1, ensure_ascii=False).encode())
+
+
+def describe_labels(split: str, utterances: Utterances, report: LabelReport, frame_s: float) -> str:
+    """One line for people: `train   1601 of 1700 items, 2.57 h; left out: 99 no_text`."""
+    left_out = ", ".join(f"{count} {reason}" for reason, count in report.rejected.items())
+    hours = utterances.total_frames * frame_s / 3600
+    return f"{split:<11}{report.used:,} of {report.items:,} items, {hours:.2f} h" + (
+        f"; left out: {left_out} (examples in {LABELS_FILE})" if left_out else ""
+    )
