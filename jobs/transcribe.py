@@ -9,7 +9,8 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 
 import pyarrow as pa
@@ -20,7 +21,7 @@ import tyro
 import parakeet_core
 from jobs.config import TranscribeConfig
 from jobs.metrics import JobMetrics
-from jobs.pipeline import LOST_WORKER_RETRIES, plan_resources, run_shards
+from jobs.pipeline import LOST_WORKER_RETRIES, Resources, plan_resources, run_shards
 from jobs.plan import dry_run
 from jobs.planning.store import list_generations, planned_items
 from jobs.preparation import Run, identify, prepare
@@ -86,53 +87,81 @@ def _nothing_to_do(state: Run) -> Receipt:
 
 
 def _transcribe(state: Run, todo: pa.Table, cluster: dict[str, float]) -> Receipt:
-    config, dtype = state.config, state.identity.dtype
+    """Run the shards that are left, and account for them however the run ends."""
+    resources = _claim(state, todo, cluster)
+    total_s = pc.sum(state.shards["audio_s"]).as_py()
+    events = _begin(state, todo, resources, total_s)
+    display = ProgressDisplay(total_s, state.before.audio_s + state.before.lost_s)
+    state.now, state.throughput = display.tally, display.throughput
+    page = True
+    try:
+        with _stops_named(state):
+            _commit_shards(state, todo, resources, display, events)
+            find_committed(state.output, state.fingerprint, set(state.shards["shard"].to_pylist()))
+    except KeyboardInterrupt:
+        page = False  # `ray job stop` leaves 3 s, and the page reads hundreds of parts
+        raise
+    finally:
+        state.model_idle_share = display.model_idle_share()
+        _close_if_possible(state, events, page)
+    return _finish(state)
+
+
+def _claim(state: Run, todo: pa.Table, cluster: dict[str, float]) -> Resources:
+    """Share the cluster among the actors, and mark the output as this job's."""
     longest_s = pc.max(todo["audio_s"]).as_py()
-    weight_bytes = state.model.parameters * DTYPES[dtype].itemsize
-    resources = plan_resources(config, state.device, cluster, todo.num_rows, longest_s, weight_bytes)
+    weight_bytes = state.model.parameters * DTYPES[state.identity.dtype].itemsize
+    resources = plan_resources(state.config, state.device, cluster, todo.num_rows, longest_s, weight_bytes)
     try:
         claim_output(state.output, state.identity, state.generations)  # only now: a refused run leaves no mark
         state.output.remove_dead_temporaries()
     except InputError as error:
         raise ConfigError(f"the output cannot be used: {error.message}") from error
+    return resources
+
+
+def _begin(state: Run, todo: pa.Table, resources: Resources, total_s: float) -> EventLog:
+    """Say what this run is about to do: on stderr, in the receipt and in the event log."""
     print(
-        f"run     {todo.num_rows} of {state.shards.num_rows} shards on {state.device} in {dtype}, "
+        f"run     {todo.num_rows} of {state.shards.num_rows} shards on {state.device} in {state.identity.dtype}, "
         f"{resources.describe()}",
         file=sys.stderr,
     )
     state.write_receipt()  # the one of an earlier run is not true any more
     events = EventLog(state.output)
-    total_s = pc.sum(state.shards["audio_s"]).as_py()
     events.add("plan", shards=state.shards.num_rows, items=state.planned_items, audio_s=round(total_s, 3))
     events.add(
         "start",
         fingerprint=state.fingerprint,
         shards=todo.num_rows,
         resources=vars(resources),
-        retry_errors=config.retry_errors,
+        retry_errors=state.config.retry_errors,
     )
+    return events
+
+
+def _commit_shards(
+    state: Run, todo: pa.Table, resources: Resources, display: ProgressDisplay, events: EventLog
+) -> None:
+    """Run the pipeline; every shard is counted when its part is committed."""
     metrics = JobMetrics(todo.num_rows)
-    display = ProgressDisplay(total_s, state.before.audio_s + state.before.lost_s)
-    state.now, state.throughput = display.tally, display.throughput
-    page = True
+    dtype, origin = state.identity.dtype, _provenance(state)
+    with display:
+        for result in run_shards(
+            todo, state.output, state.sources, state.model, dtype, resources, state.fingerprint, origin
+        ):
+            facts = PartFacts(**json.loads(result["facts"]))
+            display.update(facts, result)
+            state.commit(result["shard"])
+            metrics.update(facts, result, display.model_idle_share())
+            events.add_shard(result)
+
+
+@contextmanager
+def _stops_named(state: Run) -> Iterator[None]:
+    """What stops a run in the middle, as `JobStoppedError` in one line."""
     try:
-        with display:
-            for result in run_shards(
-                todo,
-                state.output,
-                state.sources,
-                state.model,
-                dtype,
-                resources,
-                state.fingerprint,
-                _provenance(state),
-            ):
-                facts = PartFacts(**json.loads(result["facts"]))
-                display.update(facts, result)
-                state.commit(result["shard"])
-                metrics.update(facts, result, display.model_idle_share())
-                events.add_shard(result)
-        find_committed(state.output, state.fingerprint, set(state.shards["shard"].to_pylist()))
+        yield
     except ray.exceptions.RayActorError as error:
         raise JobStoppedError(
             f"workers were lost more than {LOST_WORKER_RETRIES} times on one shard, by nodes that went or too little "
@@ -142,13 +171,6 @@ def _transcribe(state: Run, todo: pa.Table, cluster: dict[str, float]) -> Receip
         raise JobStoppedError(f"{scrub(root_cause(error), state.output.options)}; {RESUME_HINT}") from error
     except ConfigError as error:  # parts of another driver that began at the same moment, past all checks
         raise JobStoppedError(f"the table is not whole: {error}") from error
-    except KeyboardInterrupt:
-        page = False  # `ray job stop` leaves 3 s, and the page reads hundreds of parts
-        raise
-    finally:
-        state.model_idle_share = display.model_idle_share()
-        _close_if_possible(state, events, page)
-    return _finish(state)
 
 
 def _verify(state: Run, receipt: Receipt) -> Receipt:
