@@ -45,7 +45,7 @@ from jobs.training.setup import (
 from jobs.training.sources import labelled_shards
 from jobs.transcribe import EXIT_REFUSED, EXIT_STOPPED, JobStoppedError, root_cause
 from parakeet_core.config import EncoderConfig, FrontendConfig
-from parakeet_core.errors import InputError, ParakeetError
+from parakeet_core.errors import InputError, ParakeetError, WorkerError
 
 RESUME_HINT = "run the same command again to resume from the last checkpoint"
 FOLLOW_EVERY_S = 2.0  # one small read of the metrics
@@ -89,8 +89,8 @@ def run(config: FinetuneConfig) -> FinetuneResult:
         with ray_session(config.ray_address) as cluster:
             quiet_ray_train()
             return _run_on(cluster, config, output, start, encoder, frontend)
-    except InputError as error:
-        raise JobStoppedError(f"{error.message}; {RESUME_HINT}") from error
+    except (InputError, WorkerError) as error:  # the output's storage failed, or Ray did not start
+        raise JobStoppedError(f"{error}; {RESUME_HINT}") from error
     except (ray.exceptions.RayError, ray.train.TrainingFailedError) as error:
         raise JobStoppedError(f"{scrub(_cause(error), config.storage())}; {RESUME_HINT}") from error
 

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 import ray
 import ray.data
 
+from parakeet_core.errors import ConfigError, WorkerError
+
 RAY_ADDRESS = "RAY_ADDRESS"  # set by `ray job submit` for the job's entry point
 
 
@@ -23,17 +25,14 @@ def ray_session(address: str | None) -> Iterator[dict[str, float]]:
 
     Yields:
         The cluster's resources as they are now.
+
+    Raises:
+        ConfigError: `address` is not an address.
+        WorkerError: Ray did not start, or cannot be reached. Nothing has run on it; another try may succeed.
     """
     started = not ray.is_initialized()
     if started:
-        address = address or os.environ.get(RAY_ADDRESS) or "local"
-        # Ray's C++ core writes advice to the driver's stderr; errors that matter come back as exceptions.
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-        local = {"include_dashboard": False} if address == "local" else {}
-        # Silent, because it would say that it has read the variable above; with its own handler of SIGTERM taken out
-        # again, because that one aborts the process in the middle of a call.
-        with _without_stderr(), _keeping_sigterm():
-            ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, **local)
+        _start(address or os.environ.get(RAY_ADDRESS) or "local")
     quiet_ray_data()
     try:
         yield ray.cluster_resources()
@@ -42,13 +41,44 @@ def ray_session(address: str | None) -> Iterator[dict[str, float]]:
             ray.shutdown()
 
 
+def _start(address: str) -> None:
+    """`ray.init`, and the one place where its errors are mapped: they have no type of their own.
+
+    A raylet that is not up after 30 s, a number that Ray 2.60 does not let one choose, is a bare Exception; a GCS that
+    does not answer is a RuntimeError, a cluster that cannot be joined a ConnectionError, a full disk an OSError.
+    """
+    # Ray's C++ core writes advice to the driver's stderr; errors that matter come back as exceptions.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    local = {"include_dashboard": False} if address == "local" else {}
+    try:
+        # Silent, because it would say that it has read the variable above; with its own handler of SIGTERM taken out
+        # again, because that one aborts the process in the middle of a call.
+        with _without_stderr(), _keeping_sigterm():
+            ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, **local)
+    except ValueError as error:
+        raise ConfigError(f"Ray at {address!r} cannot be used: {_first_sentence(error)}") from error
+    except Exception as error:
+        if address == "local":
+            found, advice = "did not start on this machine", "it may be too busy, or short of memory, disk or processes"
+        else:
+            found, advice = f"at {address} was not joined", "check that the cluster runs and can be reached from here"
+        raise WorkerError(f"Ray {found} ({_first_sentence(error)}), and nothing has run on it; {advice}") from error
+
+
+def _first_sentence(error: Exception) -> str:
+    """Of what Ray says: tracebacks and the ends of log files may follow."""
+    return str(error).strip().partition("\n")[0].partition(". ")[0].rstrip(".") or type(error).__name__
+
+
 @contextmanager
 def _keeping_sigterm() -> Iterator[None]:
     """Put the handler of SIGTERM back that was there before the block."""
     handler = signal.getsignal(signal.SIGTERM)
-    yield
-    if threading.current_thread() is threading.main_thread():  # elsewhere Ray sets none, and none may be set
-        signal.signal(signal.SIGTERM, handler)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():  # elsewhere Ray sets none, and none may be set
+            signal.signal(signal.SIGTERM, handler)
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """The transcription job: `python -m jobs.transcribe --input URL --output URL --model URL_OR_ID`.
 
 Exit status: 0 every item has its row and errors are within the budget; 3 complete, but over the budget; 2 refused
-before any work; 1 stopped in the middle (the same command resumes).
+before any work; 1 stopped in the middle, or Ray did not start (the same command resumes).
 """
 
 import json
@@ -36,7 +36,7 @@ from jobs.table.parts import find_committed
 from jobs.table.schema import PartFacts
 from jobs.verify import verify_table
 from parakeet_core.checkpoint import DTYPES
-from parakeet_core.errors import ConfigError, InputError, ParakeetError
+from parakeet_core.errors import ConfigError, InputError, ParakeetError, WorkerError
 
 EXIT_STOPPED, EXIT_REFUSED = 1, 2
 RESUME_HINT = "run the same command again to resume; committed parts are kept and not computed again"
@@ -57,6 +57,7 @@ def run(config: TranscribeConfig) -> Receipt:
 
     Raises:
         ConfigError, CheckpointError: refused before any work.
+        WorkerError: Ray cannot be had here; nothing has been computed, and calling again may help.
         JobStoppedError: stopped in the middle; calling again resumes.
     """
     state = prepare(config)
@@ -251,8 +252,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except JobStoppedError as error:
         print(f"stopped: {error}", file=sys.stderr)
         return EXIT_STOPPED
-    except InputError as error:  # the output's storage failed
-        print(f"stopped: {error.message}; {RESUME_HINT}", file=sys.stderr)
+    except (InputError, WorkerError) as error:  # the output's storage failed, or Ray did not start
+        print(f"stopped: {error}; {RESUME_HINT}", file=sys.stderr)
         return EXIT_STOPPED
     except KeyboardInterrupt:
         print(f"stopped: interrupted; {RESUME_HINT}", file=sys.stderr)

@@ -1,0 +1,34 @@
+"""Ray that does not start: nothing is done, one line says so, and the same command does it later."""
+
+import os
+import signal
+
+import pyarrow.dataset as ds
+from job_process import PROMPTS, JobProcess, run_job
+
+RAYLET = "core/src/ray/raylet/raylet"  # the command that `ray.init` waits for
+
+
+def test_ray_that_does_not_start_stops_the_job_before_it_begins(tmp_path):
+    source, output = PROMPTS / "prompts.jsonl", tmp_path / "out"
+    job = JobProcess(source, output)
+    job.wait_until(lambda: job.members(RAYLET), "a raylet")
+    for pid in job.members(RAYLET):
+        os.kill(pid, signal.SIGKILL)
+    status, printed = job.finish()
+    assert status == 1, printed
+    assert "Traceback" not in printed
+    stopped = [line for line in printed.splitlines() if line.startswith("stopped: ")]
+    assert len(stopped) == 1, printed
+    assert "Ray did not start on this machine (The current node timed out during startup)" in stopped[0]
+    assert "run the same command again" in stopped[0]
+    assert not (output / "transcripts").exists()
+    status, printed = run_job(source, output)
+    assert status == 0, printed
+    assert ds.dataset(output / "transcripts").count_rows() == 44
+
+
+def test_what_is_no_address_is_refused(tmp_path):
+    status, printed = run_job(PROMPTS / "prompts.jsonl", tmp_path / "out", "--ray-address", "nonsense")
+    assert status == 2, printed
+    assert printed.splitlines()[-1] == "error: Ray at 'nonsense' cannot be used: Invalid address format: nonsense"
