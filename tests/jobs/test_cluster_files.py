@@ -282,7 +282,7 @@ def test_the_image_is_made_of_the_package_and_nothing_else():
         project["project"]["readme"],
         *project["project"]["license-files"],
     }
-    needed |= {package.split(".")[0] for package in project["tool"]["setuptools"]["packages"]}
+    needed |= {pattern.rstrip("*") for pattern in project["tool"]["setuptools"]["packages"]["find"]["include"]}
     copies = re.findall(r"^COPY (?!--from)(.+) \S+$", (CLUSTER / "Dockerfile").read_text(), re.MULTILINE)
     assert {source for line in copies for source in line.split()} == needed
     let_through = re.findall(r"^!(\S+)$", (CLUSTER / "Dockerfile.dockerignore").read_text(), re.MULTILINE)
