@@ -144,6 +144,9 @@ class TranscribeConfig(InputConfig):
     rather a wrong path, format or credential, which somebody should look at."""
     feature_actors: PoolOption | None = None
     """CPU actors that read, decode and compute features; default from the cluster's CPUs."""
+    features: Literal["cpu", "gpu"] = "cpu"
+    """Where log-mel features are computed: by the feature actors; or by the model actors, which get 16-bit samples then
+    (float32 ones with dtype float32), so that fewer CPUs keep a GPU busy."""
     model_actors: PoolOption | None = None
     """Actors that run the model, one GPU each, or one CPU thread each; default from the cluster."""
     model_resource: str | None = None

@@ -26,6 +26,7 @@ from parakeet_core.errors import ConfigError
 CHAINED_SHARE = 1.0
 FEATURE_SHARE = 1.0
 CPU_MODEL_SHARE = 0.5  # beside stated feature actors: the operating system divides the cores, backpressure the work
+GPU_CALLS = 2  # shards in a GPU's actor at a time: the device works on one while the host packs or unpacks the other
 MODELS_PER_COMMIT_ACTOR = 8  # text and Parquet of one shard take about 1 % of the model's time on a CPU
 
 PROCESS_BYTES = 600 << 20  # a worker with torch, pyarrow and soundfile loaded; measured 450 MiB
@@ -36,6 +37,7 @@ FEATURE_COPIES = 4  # of a shard's features at a time: rows, table, packed block
 # spot nodes take few shards twice, and a shard that lost six workers meets what stays: too little memory, a defect.
 LOST_WORKER_RETRIES = 5
 FEATURE_BYTES_PER_S = 80 * 100 * 4  # float32, 80 mel bins: the larger of the two feature types
+SAMPLE_BYTES_PER_S = 16000 * 4  # float32
 BLOCK_BYTES_LIMIT = 1 << 30  # above the largest shard's features, so that Ray does not count a shard as several blocks
 
 
@@ -47,6 +49,7 @@ class Resources:
         device: "cpu" or "cuda".
         feature_pool, model_pool: fewest and most actors. No feature pool: the model actors run all stages.
         model_cpus: CPUs accounted to each model actor.
+        features: "cpu" or "gpu": which actors compute features.
         model_resource: custom resource that each model actor takes one of.
         feature_bytes, model_bytes: memory accounted to each actor.
     """
@@ -57,6 +60,7 @@ class Resources:
     model_cpus: float
     feature_bytes: int
     model_bytes: int
+    features: str = "cpu"
     model_resource: str | None = None
 
     def describe(self) -> str:
@@ -102,7 +106,8 @@ def plan_resources(
         feature_pool = (1, _at_most(cpus - 1, shards))
     # A manifest may say anything of a length, but no item is decoded beyond the limit.
     seconds = min(shard_audio_s, max(config.shard_audio_s or 0, DEFAULT_MAX_DURATION_S))
-    feature_bytes = READ_AHEAD_BYTES + int(FEATURE_COPIES * seconds * FEATURE_BYTES_PER_S)
+    bytes_per_s = SAMPLE_BYTES_PER_S if config.features == "gpu" else FEATURE_BYTES_PER_S
+    feature_bytes = READ_AHEAD_BYTES + int(FEATURE_COPIES * seconds * bytes_per_s)
     model_bytes = PROCESS_BYTES + 2 * weight_bytes
     model_cpus = 0.0 if slot else CPU_MODEL_SHARE
     resources = Resources(
@@ -112,6 +117,7 @@ def plan_resources(
         model_cpus=model_cpus if feature_pool else CHAINED_SHARE,
         feature_bytes=PROCESS_BYTES + feature_bytes,
         model_bytes=model_bytes if feature_pool else model_bytes + feature_bytes,
+        features=config.features,
         model_resource=config.model_resource,
     )
     _check_memory(resources, cluster, slots)
@@ -152,10 +158,11 @@ def run_shards(
         storage: how to reach the sources.
     """
     feature_dtype = "float32" if dtype == "float32" else "float16"
-    prepare = (PrepareShards, (output, storage, model.config.frontend, feature_dtype))
+    prepare = (PrepareShards, (output, storage, model.config.frontend, feature_dtype, resources.features))
     recognise = (RecogniseShards, (model, dtype, resources.device, feature_dtype))
     commit = (CommitShards, (output, model.tokenizer, model.config.encoder_frame_s, fingerprint, provenance))
-    model_pool = _pool(resources.model_pool, resources.model_cpus, resources.model_bytes)
+    calls = GPU_CALLS if resources.device == "cuda" else 1
+    model_pool = _pool(resources.model_pool, resources.model_cpus, resources.model_bytes, calls)
     context = ray.data.DataContext.get_current().copy()
     context.target_max_block_size = BLOCK_BYTES_LIMIT
     tasks = [{name: row[name] for name in ("shard", "plan_file", "row_group", "items")} for row in todo.to_pylist()]
@@ -181,8 +188,8 @@ def run_shards(
             yield from batch.to_pylist()
 
 
-def _pool(size: PoolSize, cpus: float, memory: int) -> dict:
-    """Arguments of `map_batches` for a stage whose actors hold one shard at a time and have the next one waiting."""
+def _pool(size: PoolSize, cpus: float, memory: int, calls: int = 1) -> dict:
+    """Arguments of `map_batches` for a stage whose actors work on `calls` shards at a time, one more waiting."""
     return {
         "batch_size": None,
         "batch_format": "pyarrow",
@@ -191,6 +198,10 @@ def _pool(size: PoolSize, cpus: float, memory: int) -> dict:
         "memory": memory,
         "max_task_retries": LOST_WORKER_RETRIES,
         "compute": ray.data.ActorPoolStrategy(
-            min_size=size[0], max_size=size[1], max_tasks_in_flight_per_actor=TASKS_PER_ACTOR
+            min_size=size[0],
+            max_size=size[1],
+            max_tasks_in_flight_per_actor=calls - 1 + TASKS_PER_ACTOR,
+            max_concurrent_calls_per_actor=calls,
+            enable_true_multi_threading=calls > 1,
         ),
     }

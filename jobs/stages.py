@@ -12,6 +12,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -50,7 +51,16 @@ ITEM_FIELDS = [
     pa.field("error_kind", pa.string()),
     pa.field("error_message", pa.string()),
 ]
-PREPARED_SCHEMA = pa.schema([*ITEM_FIELDS, pa.field("frames", pa.int32()), pa.field("features", pa.large_binary())])
+PREPARED_SCHEMA = pa.schema(
+    [
+        *ITEM_FIELDS,
+        pa.field("frames", pa.int32()),
+        pa.field("features", pa.large_binary()),
+        pa.field("samples", pa.large_binary()),  # in place of features, where the model actors compute them
+        pa.field("sample_step", pa.float32()),  # what one step of a sample stands for
+    ]
+)
+PCM_STEP = 1 / 32768  # of 16-bit samples at full scale 1.0: those of 16-bit recordings travel unchanged
 TOKEN_FIELDS = [
     pa.field("token_ids", pa.list_(pa.int32())),
     pa.field("starts", pa.list_(pa.int32())),
@@ -83,7 +93,11 @@ class StageClock:
         try:
             return call(*arguments)
         finally:
-            setattr(self, f"{step}_s", getattr(self, f"{step}_s") + time.perf_counter() - start)
+            self.add(step, time.perf_counter() - start)
+
+    def add(self, step: str, seconds: float) -> None:
+        """Count seconds that were measured elsewhere."""
+        setattr(self, f"{step}_s", getattr(self, f"{step}_s") + seconds)
 
 
 def worker_name() -> str:
@@ -131,21 +145,24 @@ class ChainedStages:
 
 
 class PrepareShards:
-    """Shard of the plan -> items with features.
+    """Shard of the plan -> items with features, or with samples for `RecogniseShards` to make features of.
 
     Args:
         output: where the plan lies.
         storage: how to reach the sources.
         frontend: of the model.
         feature_dtype: "float16" when the model runs in half precision, else "float32", so that a float32 job equals the
-            reference.
+            reference. Samples travel as 16-bit integers then, else as float32.
+        features: "cpu" for features, "gpu" for samples.
     """
 
-    def __init__(self, output: Storage, storage: StorageOptions, frontend: FrontendConfig, feature_dtype: str):
+    def __init__(
+        self, output: Storage, storage: StorageOptions, frontend: FrontendConfig, feature_dtype: str, features: str
+    ):
         torch.set_num_threads(1)  # one actor per CPU: more threads would fight over the same cores
         self.output, self.storage = output, storage
         self.frontend = LogMelFrontend(frontend)
-        self.dtype = np.dtype(feature_dtype)
+        self.dtype, self.features = np.dtype(feature_dtype), features
         self.decoder = ShardDecoder(careful_shards=TASKS_PER_ACTOR if was_restarted() else 0)
 
     def __call__(self, block: pa.Table) -> pa.Table:
@@ -181,14 +198,25 @@ class PrepareShards:
         if isinstance(item.payload, InputError):
             raise item.payload
         audio = clock.timed("decode", self._decode, item)
-        features, _ = clock.timed("features", self.frontend, [audio.waveform])
-        return {
+        columns = {
             "duration_s": round(audio.duration_s, 6),
             "sample_rate_hz": audio.info.sample_rate_hz,
             **measure_level(audio.waveform),
-            "frames": features.shape[1],
-            "features": features[0].numpy().astype(self.dtype, copy=False).tobytes(),
         }
+        if self.features == "gpu":
+            return columns | clock.timed("features", self._samples, audio.waveform)
+        features, _ = clock.timed("features", self.frontend, [audio.waveform])
+        payload = features[0].numpy().astype(self.dtype, copy=False).tobytes()
+        return columns | {"frames": features.shape[1], "features": payload}
+
+    def _samples(self, waveform: np.ndarray) -> dict:
+        """A waveform [S] for another process; 16-bit steps grow with what is louder than full scale."""
+        frames = self.frontend.config.frames(len(waveform))
+        if self.dtype == np.float32:
+            return {"frames": frames, "samples": waveform.tobytes(), "sample_step": 1.0}
+        step = np.float32(max(PCM_STEP, float(np.abs(waveform).max(initial=0.0)) / 32767))
+        pcm = np.rint(waveform / step).clip(-32768, 32767).astype(np.int16)
+        return {"frames": frames, "samples": pcm.tobytes(), "sample_step": float(step)}
 
     def _decode(self, item: ReadItem):
         try:
@@ -217,7 +245,7 @@ def measure_level(waveform: np.ndarray) -> dict[str, float]:
 
 
 class RecogniseShards:
-    """Items with features -> items with tokens, on one GPU or one CPU thread."""
+    """Items with features or samples -> items with tokens, on one GPU or one CPU thread. Calls may overlap."""
 
     def __init__(self, model: ModelReference, dtype: str, device: str, feature_dtype: str):
         torch.set_num_threads(1)  # several actors with one thread each outrun one with several
@@ -230,17 +258,30 @@ class RecogniseShards:
         shard, items, clock = unpack_shard(block)
         clock.model_worker, clock.model_worker_again = worker_name(), was_restarted()
         wanted = [index for index, frames in enumerate(items["frames"].to_pylist()) if frames is not None]
-        features = [self._features(items["features"][index], items["frames"][index].as_py()) for index in wanted]
-        results = dict(zip(wanted, clock.timed("model", self.engine.recognise, features), strict=True))
+        features = self._features(items, wanted, clock)
+        results = dict(zip(wanted, self.engine.recognise(features, busy=partial(clock.add, "model")), strict=True))
         recognised = _with_errors(items.select([field.name for field in ITEM_FIELDS]), results)
         tokens = [_token_columns(results.get(index)) for index in range(items.num_rows)]
         for field in TOKEN_FIELDS:
             recognised = recognised.append_column(field, pa.array([row[field.name] for row in tokens], field.type))
         return pack_shard(shard, recognised, clock)
 
-    def _features(self, value: pa.Scalar, frames: int) -> torch.Tensor:
-        array = np.frombuffer(value.as_buffer(), dtype=self.feature_dtype).reshape(frames, self.n_mels)
-        return torch.from_numpy(array.copy() if not frames else array)
+    def _features(self, items: pa.Table, wanted: list[int], clock: StageClock) -> list[torch.Tensor]:
+        """Features of the items at `wanted`: those that came, or computed where the model is."""
+        if items["samples"].null_count < items.num_rows:
+            waveforms = [self._waveform(items["samples"][i], items["sample_step"][i].as_py()) for i in wanted]
+            return clock.timed("features", self.engine.extract_features, waveforms)
+        return [self._array(items["features"][i], self.feature_dtype).unflatten(0, (-1, self.n_mels)) for i in wanted]
+
+    def _waveform(self, samples: pa.Scalar, step: float) -> torch.Tensor:
+        """[S] float32 on the engine's device, where 16-bit samples are widened."""
+        array = self._array(samples, np.float32 if self.feature_dtype == np.float32 else np.int16)
+        return array.to(self.engine.device, non_blocking=True).float() * step
+
+    def _array(self, value: pa.Scalar, dtype: type) -> torch.Tensor:
+        """The numbers of a binary cell, in place."""
+        array = np.frombuffer(value.as_buffer(), dtype=dtype)
+        return torch.from_numpy(array if len(array) else array.copy())  # torch refuses the address of nothing
 
 
 def _token_columns(result: Tokens | InputError | None) -> dict:

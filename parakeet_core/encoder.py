@@ -36,20 +36,22 @@ def relative_positions(frames: int, d_model: int, device: torch.device | None = 
 
 
 def shift_relative(scores: Tensor) -> Tensor:
-    """Scores by distance -> scores by key, as a view: out[..., i, j] = scores[..., i, U-1-i+j].
+    """Scores by distance -> scores by key, as a view: out[..., i, j] = scores[..., i, Q-1-i+j].
 
     Args:
-        scores: [B, H, U, P], contiguous.
+        scores: [B, H, Q, Q + U - 1], contiguous: of Q queries in a row, from the distance of the last one to the first
+            key. Q is U but where attention runs in blocks of queries.
 
     Returns:
-        [B, H, U, U], sharing memory with `scores`; no element of it appears twice.
+        [B, H, Q, U], sharing memory with `scores`; no element of it appears twice.
     """
-    frames, step = scores.shape[-2], scores.shape[-1] - 1
-    if frames == 1:
+    queries, step = scores.shape[-2], scores.shape[-1] - 1
+    keys = step + 2 - queries
+    if queries == 1:
         return scores
-    # From column U-1 of row 0 on, each row begins P-1 numbers after the one before: one column to its left.
-    shifted = scores.flatten(-2)[..., frames - 1 : frames - 1 + frames * step]
-    return shifted.unflatten(-1, (frames, step))[..., :frames]
+    # From column Q-1 of row 0 on, each row begins `step` numbers after the one before: one column to its left.
+    shifted = scores.flatten(-2)[..., queries - 1 : queries - 1 + queries * step]
+    return shifted.unflatten(-1, (queries, step))[..., :keys]
 
 
 class Subsampling(nn.Module):

@@ -1,12 +1,15 @@
 """Features of many items -> tokens of each: batches by length, the model, greedy decoding, order restored.
 
-Shapes: `B` batch, `T` feature frames, `U` encoder frames, `M` mel bins. Knows nothing of audio files or of text.
+Shapes: `B` batch, `S` samples, `T` feature frames, `U` encoder frames, `M` mel bins. Knows nothing of audio files or of
+text.
 """
 
 import copy
 import logging
+import threading
+import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +31,7 @@ CONTEXT_FRAMES = 1_024  # feature frames, 10 s: what it sees beyond, on each sid
 COLLAPSE_FRAMES = 100_000  # encoder frames collapsed together: some MB, and one long item does not pad all others
 CPU_BUDGET_FRAMES = 3_000  # cost of a batch; on a CPU small batches, whose states stay in the cache, beat large ones
 CUDA_BUDGET_FRAMES = 200_000  # about 2000 s of short items: enough rows to fill the matrix units of a large GPU
+FEATURE_BUDGET_FRAMES = 120_000  # cost of a batch of waveforms: 20 minutes, 77 MB of samples
 BATCHES_AHEAD = 2  # on CUDA: one that runs and one that waits behind it, so that the device never waits for the host
 WARM_UP = ((499,), (499, 499, 499), (499, 499, 467))  # feature frames: one item, several, several with padding
 # Names in torch.cpu.get_capabilities() of instructions that multiply matrices of a dtype. Without them torch emulates:
@@ -56,7 +60,9 @@ class _Started:
 
     members: list[_Piece]
     frames: FrameScores | None = None
+    begun: torch.cuda.Event | None = None
     done: torch.cuda.Event | None = None  # None: they are there
+    busy_s: float = 0.0  # of the device, where there are no events
     error: InputError | None = None
 
 
@@ -72,6 +78,8 @@ class _Part:
 
 class Engine:
     """Runs a checkpoint's model over features.
+
+    Several threads may call it: while one waits for the device or collapses what came of it, another sends.
 
     Args:
         checkpoint: its model is on the device and in the dtype to run in. On a CPU without instructions for that dtype
@@ -90,6 +98,8 @@ class Engine:
         self.device, self.dtype = parameter.device, parameter.dtype
         self.config = checkpoint.config
         self.model = model.prepare_inference()
+        self.frontend = checkpoint.frontend
+        self._sending = threading.Lock()  # batches reach the device whole, one after the other
         default = CPU_BUDGET_FRAMES if self.device.type == "cpu" else CUDA_BUDGET_FRAMES
         self.budget_frames = default if budget_frames is None else budget_frames
         if compiled or (compiled is None and self.device.type == "cuda"):
@@ -107,18 +117,35 @@ class Engine:
             self.recognise([torch.zeros(frames, mels) for frames in lens], budget_frames=float("inf"))
 
     @torch.no_grad()
-    def recognise(self, features: Sequence[Tensor], budget_frames: float | None = None) -> list[Tokens | InputError]:
+    def extract_features(self, waveforms: Sequence[Tensor]) -> list[Tensor]:
+        """Features [T, M] of each waveform [S] (see `LogMelFrontend`), on the device and in the dtype of the model."""
+        lens = [self.config.frontend.frames(len(waveform)) for waveform in waveforms]
+        features: list[Tensor | None] = [None] * len(lens)
+        for batch in plan_batches(lens, FEATURE_BUDGET_FRAMES):
+            padded, _ = self.frontend([waveforms[item] for item in batch.indices], self.device)
+            for item, row in zip(batch.indices, padded.to(self.dtype), strict=True):
+                features[item] = row[: lens[item]]
+        return features
+
+    @torch.no_grad()
+    def recognise(
+        self,
+        features: Sequence[Tensor],
+        budget_frames: float | None = None,
+        busy: Callable[[float], None] | None = None,
+    ) -> list[Tokens | InputError]:
         """Tokens of each item, in the order given; an error of kind OUT_OF_MEMORY for one that the device cannot hold.
 
         Args:
             features: per item [T, M], float, on any device; T may be 0, which gives no tokens.
             budget_frames: greatest cost of a batch, instead of the engine's own.
+            busy: told the seconds that the device took for each batch.
         """
         pieces = [piece for item, tensor in enumerate(features) for piece in self._pieces(item, tensor.shape[0])]
         parts: list[list[_Part]] = [[] for _ in features]
         lens = [piece.end - piece.start for piece in pieces]
         batches = plan_batches(lens, self.budget_frames if budget_frames is None else budget_frames)
-        for part in self._run(features, pieces, batches):
+        for part in self._run(features, pieces, batches, busy or (lambda seconds: None)):
             parts[part.piece.item].append(part)
         return self._collapse(parts)
 
@@ -131,15 +158,21 @@ class Engine:
             end = min(start + WINDOW_FRAMES, frames)
             yield _Piece(item, max(start - CONTEXT_FRAMES, 0), min(end + CONTEXT_FRAMES, frames), start, end)
 
-    def _run(self, features: Sequence[Tensor], pieces: list[_Piece], batches: Sequence[Batch]) -> Iterator[_Part]:
+    def _run(
+        self,
+        features: Sequence[Tensor],
+        pieces: list[_Piece],
+        batches: Sequence[Batch],
+        busy: Callable[[float], None],
+    ) -> Iterator[_Part]:
         """Parts of all batches; the host pads and sends a batch while the device computes those before it."""
         started: deque[_Started] = deque()
         for batch in batches:
             started.extend(self._start(features, pieces, batch))
             while len(started) > BATCHES_AHEAD:
-                yield from self._finish(started.popleft())
+                yield from self._finish(started.popleft(), busy)
         while started:
-            yield from self._finish(started.popleft())
+            yield from self._finish(started.popleft(), busy)
 
     def _start(self, features: Sequence[Tensor], pieces: list[_Piece], batch: Batch) -> list[_Started]:
         """Give a batch to the device; one that does not fit its memory is halved until it does."""
@@ -155,9 +188,12 @@ class Engine:
         halves = [Batch(half, batch.frames) for half in (batch.indices[:middle], batch.indices[middle:])]
         return [started for half in halves for started in self._start(features, pieces, half)]
 
-    def _finish(self, started: _Started) -> Iterator[_Part]:
+    def _finish(self, started: _Started, busy: Callable[[float], None]) -> Iterator[_Part]:
         if started.done is not None:
             started.done.synchronize()
+            busy(started.begun.elapsed_time(started.done) / 1000)
+        else:
+            busy(started.busy_s)
         for row, piece in enumerate(started.members):
             if started.error is not None:
                 yield _Part(piece, error=started.error)
@@ -180,21 +216,41 @@ class Engine:
         Copies go in order with the work, on its stream: a second of audio is 16 kB of features, under a microsecond of
         the link, where the model takes some 50. From pinned memory they go while the host continues.
         """
-        on_cuda = self.device.type == "cuda"
-        padded = torch.zeros(len(members), frames, self.config.encoder.n_mels, dtype=self.dtype, pin_memory=on_cuda)
+        lens = torch.tensor([piece.end - piece.start for piece in members], pin_memory=self.device.type == "cuda")
+        shorter = bool((lens < frames).any())
+        padded = self._pad(features, members, frames)
+        with self._sending:
+            begun, started_at = self._mark(), time.perf_counter()
+            padded, lens = padded.to(self.device, non_blocking=True), lens.to(self.device, non_blocking=True)
+            logits, out_lens = self.model(padded, lens, shorter)
+            scored = score_frames(logits, out_lens, self.config.blank_id)
+            if begun is None:
+                return _Started(members, scored, busy_s=time.perf_counter() - started_at)
+            host = FrameScores(*(_send_to_host(tensor) for tensor in (scored.ids, scored.scores, scored.lens)))
+            return _Started(members, host, begun, self._mark())
+
+    def _pad(self, features: Sequence[Tensor], members: list[_Piece], frames: int) -> Tensor:
+        """[B, T, M], on the device where the features are there, else on the host."""
+        there = any(features[piece.item].device == self.device for piece in members)
+        padded = torch.zeros(
+            len(members),
+            frames,
+            self.config.encoder.n_mels,
+            dtype=self.dtype,
+            device=self.device if there else "cpu",
+            pin_memory=not there and self.device.type == "cuda",
+        )
         for row, piece in zip(padded, members, strict=True):
             row[: piece.end - piece.start] = features[piece.item][piece.start : piece.end]
-        lens = torch.tensor([piece.end - piece.start for piece in members], pin_memory=on_cuda)
-        shorter = bool((lens < frames).any())
-        padded, lens = padded.to(self.device, non_blocking=True), lens.to(self.device, non_blocking=True)
-        logits, out_lens = self.model(padded, lens, shorter)
-        scored = score_frames(logits, out_lens, self.config.blank_id)
-        if not on_cuda:
-            return _Started(members, scored)
-        host = FrameScores(*(_send_to_host(tensor) for tensor in (scored.ids, scored.scores, scored.lens)))
-        done = torch.cuda.Event()
-        done.record()
-        return _Started(members, host, done)
+        return padded
+
+    def _mark(self) -> torch.cuda.Event | None:
+        """This moment in the order of the device's work; none on the CPU, which works at once."""
+        if self.device.type != "cuda":
+            return None
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
     def _collapse(self, parts: list[list[_Part]]) -> list[Tokens | InputError]:
         """Join each item's pieces frame by frame, then collapse items of similar length together."""

@@ -19,6 +19,7 @@ from parakeet_core.config import FrontendConfig
 LOG_GUARD = 2.0**-24  # added to mel energies before the logarithm; NeMo's log_zero_guard_value
 STD_GUARD = 1e-5  # added to the standard deviation; NeMo's CONSTANT in normalize_batch
 BLOCK_FRAMES = 512  # frames transformed at a time on the CPU: 1 MB of frames and 1 MB of spectrum stay in the L2 cache
+BATCH_BLOCK_FRAMES = 120_000  # the same of a whole batch elsewhere: 250 MB of frames and 250 MB of spectrum
 
 
 class LogMelFrontend:
@@ -77,7 +78,9 @@ class LogMelFrontend:
         if not waveforms or not int(lens.max()):
             return torch.zeros(len(waveforms), 0, self.config.n_mels, device=lens.device)
         emphasised = torch.nn.utils.rnn.pad_sequence([self._emphasise(waveform) for waveform in waveforms], True)
-        features = self._log_mel(emphasised, 0, int(lens.max()))  # [B, T, M]
+        longest, step = int(lens.max()), max(1, BATCH_BLOCK_FRAMES // len(waveforms))
+        blocks = [(start, min(start + step, longest)) for start in range(0, longest, step)]
+        features = torch.cat([self._log_mel(emphasised, *block) for block in blocks], 1)  # [B, T, M]
         valid = (torch.arange(features.shape[1], device=lens.device) < lens[:, None])[:, :, None]
         counts = lens[:, None, None].clamp(min=1)
         mean = (features * valid).sum(1, keepdim=True) / counts

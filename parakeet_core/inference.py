@@ -36,6 +36,7 @@ from parakeet_core.encoder import (
 POSITION_STEP = 256  # encoder frames (20 s): position tables grow by whole steps, so that few lengths make them grow
 MIN_TILE_FRAMES = 4  # encoder frames; in smaller tiles a third of the work would be what neighbours compute too
 TILE_BYTES = 2 << 20  # first convolution's output on the CPU: fastest of 64 kB to 16 MB at 32 and at 256 channels
+QUERY_BLOCK = 512  # encoder frames (41 s) whose scores over all keys are in memory at a time, for longer items
 
 
 class InferenceModel(nn.Module):
@@ -76,7 +77,9 @@ class InferenceModel(nn.Module):
         padding = Padding.of(out_lens, states.shape[1], states.dtype) if padded else None
         self.reserve_positions(states.shape[1])
         for layer in self.layers:
-            states = layer(states, layer.attention.position_window(states.shape[1]), padding)
+            # Attention in blocks is a loop, for which a layer would be compiled again at every number of blocks.
+            run = layer if states.shape[1] <= QUERY_BLOCK else layer.forward
+            states = run(states, layer.attention.position_window(states.shape[1]), padding)
         return self.head(states), out_lens
 
     def reserve_positions(self, frames: int) -> None:
@@ -90,7 +93,8 @@ class InferenceModel(nn.Module):
         The code is of a layer, for any number of items and frames: all layers share it, where a graph of the whole
         model would take `n_layers` times as long to compile, again for each shape. Six forms exist: for one item, for
         several, and for several with padding, each for the first layer, whose input is a view, and for the others. What
-        is generated stays in the node's cache (`TORCHINDUCTOR_CACHE_DIR`) for the processes that come after.
+        is generated stays in the node's cache (`TORCHINDUCTOR_CACHE_DIR`) for the processes that come after. Batches of
+        more than QUERY_BLOCK encoder frames run as they are: their matrices are large, and their attention is a loop.
         """
         for layer in self.layers:
             layer.compile(backend=backend, dynamic=True)
@@ -243,17 +247,34 @@ class FusedAttention(nn.Module):
         self.register_buffer("position_scores", empty, persistent=False)  # [H, 1, P]
 
     def forward(self, states: Tensor, positions: Positions, padding: Padding | None) -> Tensor:
-        batch, frames = states.shape[:2]
+        frames = states.shape[1]
         qkv = self.qkv(states).unflatten(-1, (3, self.n_heads, self.d_head))  # [B, U, 3, H, K]
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # [B, H, U, K] each
-        # One product per head over all items' queries: with items in front, positions would be copied for each item.
-        queries = qkv[:, :, 0].flatten(0, 1).transpose(0, 1)  # [H, B * U, K]
-        by_distance = torch.baddbmm(positions.scores, queries, positions.projected)
-        scores = shift_relative(by_distance.unflatten(1, (batch, frames))).transpose(0, 1)  # [B, H, U, U]
-        if padding is not None:
-            scores = scores + padding.key_bias
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=scores, scale=1.0)
+        key_bias = None if padding is None else padding.key_bias
+        if frames <= QUERY_BLOCK:
+            out = self._attend(qkv, qkv[:, :, 0], positions, key_bias)
+        else:
+            # Scores of a block of queries at a time, U * QUERY_BLOCK numbers, not U * U; by distance only those that a
+            # query of the block has to a key, not U * 2U.
+            blocks = []
+            for start in range(0, frames, QUERY_BLOCK):
+                end = min(start + QUERY_BLOCK, frames)
+                seen = slice(frames - end, 2 * frames - 1 - start)  # distances end - 1 ... start - (U - 1)
+                window = Positions(positions.projected[..., seen], positions.scores[..., seen])
+                blocks.append(self._attend(qkv, qkv[:, start:end, 0], window, key_bias))
+            out = torch.cat(blocks, 2)
         return self.out(out.transpose(1, 2).flatten(2))
+
+    def _attend(self, qkv: Tensor, queries: Tensor, positions: Positions, key_bias: Tensor | None) -> Tensor:
+        """Queries [B, Q, H, K] over keys and values in qkv [B, U, 3, H, K] at Q + U - 1 distances: [B, H, Q, K]."""
+        batch, frames = queries.shape[:2]
+        # One product per head over all items' queries: with items in front, positions would be copied for each item.
+        by_head = queries.flatten(0, 1).transpose(0, 1)  # [H, B * Q, K]
+        by_distance = torch.baddbmm(positions.scores, by_head, positions.projected)  # [H, B * Q, Q + U - 1]
+        scores = shift_relative(by_distance.unflatten(1, (batch, frames))).transpose(0, 1)  # [B, H, Q, U]
+        if key_bias is not None:
+            scores = scores + key_bias
+        k, v = qkv[:, :, 1].transpose(1, 2), qkv[:, :, 2].transpose(1, 2)  # [B, H, U, K] each
+        return F.scaled_dot_product_attention(queries.transpose(1, 2), k, v, attn_mask=scores, scale=1.0)
 
     def position_window(self, frames: int) -> Positions:
         """Tables of the distances of `frames` encoder frames, which `reserve` has made."""
@@ -294,11 +315,20 @@ class FusedConvolution(nn.Module):
         states = F.glu(self.pointwise1(states))  # [B, U, D]
         if padding is not None:
             states = states * padding.kept
+        return self.pointwise2(F.silu(self._depthwise(states)))
+
+    def _depthwise(self, states: Tensor) -> Tensor:
+        """Each channel with its own kernel over time, zeros outside: [B, U, D] -> [B, U, D]."""
+        frames, kernel = states.shape[1], self.depthwise_weight.shape[-1]
+        if torch.compiler.is_compiling():
+            # Written out, it becomes one kernel with what surrounds it; a library's convolution stands alone.
+            padded = F.pad(states, (0, 0, kernel // 2, kernel // 2))
+            taps = self.depthwise_weight[:, 0, 0].T  # [kernel, D]
+            return self.depthwise_bias + sum(padded[:, i : i + frames] * taps[i] for i in range(kernel))
         # As an image of height one, [B, D, 1, U] with channels last, the states need not be transposed in memory.
         image = states[:, None].permute(0, 3, 1, 2)
-        kernel = self.depthwise_weight.shape[-1]
         image = F.conv2d(image, self.depthwise_weight, self.depthwise_bias, 1, (0, kernel // 2), groups=image.shape[1])
-        return self.pointwise2(F.silu(image.permute(0, 2, 3, 1).squeeze(1)))
+        return image.permute(0, 2, 3, 1).squeeze(1)
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:

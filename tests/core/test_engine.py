@@ -1,5 +1,6 @@
 """The engine: an item alone = among any others, order, budgets, and long items cut into windows."""
 
+from concurrent.futures import ThreadPoolExecutor
 from functools import partialmethod
 
 import numpy as np
@@ -78,6 +79,28 @@ def test_compiled_layers_or_what_there_is(engine, checkpoint, monkeypatch, caplo
         ):
             assert_same_tokens(tokens, expected)
         assert ("no compiler here" in caplog.text) == (backend is failing)
+
+
+def test_threads_beside_each_other(engine):
+    """As the job calls it on a GPU: every caller gets its own tokens, and all seconds are counted."""
+    shards = [items_of([40 + 8 * shard, 200, 30, 90], seed=shard) for shard in range(6)]
+    seconds = []
+    with ThreadPoolExecutor(3) as threads:
+        found = list(threads.map(lambda items: engine.recognise(items, 400, seconds.append), shards))
+    for items, tokens in zip(shards, found, strict=True):
+        for one, alone in zip(tokens, engine.recognise(items), strict=True):
+            assert_same_tokens(one, alone)
+    assert len(seconds) >= 2 * len(shards)
+    assert min(seconds) > 0
+
+
+def test_features_where_the_model_is(checkpoint, engine):
+    """In their order, whatever their lengths; those of nothing are empty."""
+    waveforms = [torch.randn(samples) for samples in (16000, 0, 3200, 8000, 400)]
+    found = engine.extract_features(waveforms)
+    for features, waveform in zip(found, waveforms, strict=True):
+        expected, _ = checkpoint.frontend([waveform])
+        torch.testing.assert_close(features, expected[0], rtol=0, atol=0)
 
 
 def test_items_without_frames(engine):

@@ -7,6 +7,7 @@ from features_float64 import features_float64, slaney_bank
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from parakeet_core import features as features_module
 from parakeet_core.config import FrontendConfig
 from parakeet_core.errors import CheckpointError
 from parakeet_core.features import BLOCK_FRAMES, LogMelFrontend, mel_filter_bank
@@ -75,8 +76,10 @@ def test_tensors_and_arrays_give_the_same():
     np.testing.assert_array_equal(waveform, noise(5000))  # the caller's samples are not changed
 
 
-def test_whole_batch_in_one_go_as_on_a_gpu():
+@pytest.mark.parametrize("block_frames", [features_module.BATCH_BLOCK_FRAMES, 6 * 70])
+def test_whole_batch_in_one_go_as_on_a_gpu(block_frames, monkeypatch):
     """The form for GPUs, run here on the CPU: the same numbers but for the order of sums."""
+    monkeypatch.setattr(features_module, "BATCH_BLOCK_FRAMES", block_frames)
     frontend = LogMelFrontend(FrontendConfig())
     waveforms = [torch.from_numpy(noise(length, length)) for length in (16_000, 160, 319, 100, 0, 48_001)]
     expected, lens = frontend(waveforms)

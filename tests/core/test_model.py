@@ -188,15 +188,28 @@ def test_plain_model_stays_usable_and_trainable_after_prepare():
     model(features, lens)[0].sum().backward()
 
 
-@given(st.integers(1, 9), st.integers(1, 3))
-@settings(max_examples=20)
-def test_shift_relative_by_its_definition(frames, heads):
-    scores = torch.randn(2, heads, frames, 2 * frames - 1)
+@given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 3))
+@settings(max_examples=40)
+def test_shift_relative_by_its_definition(queries, keys, heads):
+    scores = torch.randn(2, heads, queries, queries + keys - 1)
     shifted = shift_relative(scores)
-    assert shifted.shape == (2, heads, frames, frames)
-    for i in range(frames):
-        for j in range(frames):
-            torch.testing.assert_close(shifted[..., i, j], scores[..., i, frames - 1 - i + j], rtol=0, atol=0)
+    assert shifted.shape == (2, heads, queries, keys)
+    for i in range(queries):
+        for j in range(keys):
+            torch.testing.assert_close(shifted[..., i, j], scores[..., i, queries - 1 - i + j], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("lens", [[128], [129, 72], [8 * 97, 8 * 97, 8 * 60 + 3]])
+@torch.no_grad()
+def test_attention_in_blocks_of_queries(lens, monkeypatch):
+    """Long items: the same as all scores at once, whether blocks end with the item or not."""
+    model = small_model(seed=5)
+    features, lens = random_features(lens)
+    expected, out_lens = model(features, lens)
+    monkeypatch.setattr(inference, "QUERY_BLOCK", 16)
+    logits, _ = model.prepare_inference()(features, lens)
+    for row, frames in enumerate(out_lens.tolist()):
+        assert relative_error(logits[row, :frames], expected[row, :frames]) <= ROUNDING
 
 
 @pytest.mark.parametrize(("frames", "encoder_frames"), [(0, 0), (1, 1), (8, 1), (9, 2), (16, 2), (17, 3), (3000, 375)])

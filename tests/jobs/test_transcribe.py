@@ -5,6 +5,7 @@ import json
 import shutil
 from pathlib import Path
 
+import jiwer
 import numpy as np
 import pyarrow as pa
 import pyarrow.dataset as ds
@@ -155,6 +156,24 @@ def test_stages_apart_give_the_parts_of_stages_chained(layouts, tmp_path):
     run(job_config(layouts["files"], tmp_path / "chained"))
     run(job_config(layouts["files"], tmp_path / "apart", feature_actors=(1, 1), model_actors=(1, 1)))
     assert part_bytes(tmp_path / "apart") == part_bytes(tmp_path / "chained")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_features_by_the_model_actors(dtype, layouts, tmp_path):
+    """From float32 samples the same parts. Those of 16-bit files travel as 16 bits unchanged, but their features are
+    not rounded to float16 on their way."""
+    chained = {"dtype": dtype, "features": "gpu"}
+    run(job_config(layouts["files"], tmp_path / "sent", dtype=dtype))
+    receipt = run(job_config(layouts["files"], tmp_path / "chained", **chained))
+    run(job_config(layouts["files"], tmp_path / "apart", feature_actors=(1, 1), model_actors=(1, 1), **chained))
+    assert receipt.errors == 0
+    assert receipt.stage_seconds["features"] > 0
+    assert part_bytes(tmp_path / "apart") == part_bytes(tmp_path / "chained")
+    if dtype == "float32":
+        assert part_bytes(tmp_path / "chained") == part_bytes(tmp_path / "sent")
+    else:
+        sent, chained = ([row["text"] for row in read_table(tmp_path / name)] for name in ("sent", "chained"))
+        assert jiwer.wer(sent, chained) <= 0.05  # measured 0.021; bfloat16 against float32 on all prompts: 0.014
 
 
 def test_grown_input_becomes_new_shards(layouts, tmp_path):
