@@ -173,7 +173,7 @@ def test_features_by_the_model_actors(dtype, layouts, tmp_path):
         assert part_bytes(tmp_path / "chained") == part_bytes(tmp_path / "sent")
     else:
         sent, chained = ([row["text"] for row in read_table(tmp_path / name)] for name in ("sent", "chained"))
-        assert jiwer.wer(sent, chained) <= 0.05  # measured 0.021; bfloat16 against float32 on all prompts: 0.014
+        assert jiwer.wer(sent, chained) <= 0.1  # measured 0.047; bfloat16 against float32 on all prompts: 0.014
 
 
 def test_grown_input_becomes_new_shards(layouts, tmp_path):
