@@ -1,11 +1,11 @@
 """The whole job against a plain loop and against transformers, over real speech, in one run.
 
-    python tests/bench/bench_job.py [--quick] [--repeat N] [--shard-audio-s SECONDS]
+    python tests/bench/bench_job.py [--quick] [--repeat N] [--shard-audio-s SECONDS] [--dtype float32 bfloat16]
 
-Prints, for the same clips and the same small model in float32: the job with and without Ray's start-up, our own
-`Transcriber` in one process, a script of transformers' extractor and `generate` at its best batch size; then where the
-job's time goes and how much memory driver, actors and object store took at their peak. `--repeat` lists every clip so
-many times, to show that memory does not grow with hours.
+Prints, for the same clips and the same small model: the job with and without Ray's start-up, in each dtype; our own
+`Transcriber` in one process, and a script of transformers' extractor and `generate` at its best batch size, in float32;
+then where the job's time goes and how much memory driver, actors and object store took at their peak. `--repeat` lists
+every clip so many times, to show that memory does not grow with hours.
 """
 
 import argparse
@@ -31,6 +31,7 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=1, help="times that each clip is listed")
     parser.add_argument("--only-job", action="store_true", help="no comparison, e.g. for memory with --repeat 10")
     parser.add_argument("--shard-audio-s", type=float, help="as the job's: memory is compared at one size of shards")
+    parser.add_argument("--dtype", nargs="+", default=["float32"], choices=["float32", "bfloat16"], help="of the job")
     options = parser.parse_args()
     lines = (SPEECH / "librispeech-dev-clean.jsonl").read_text(encoding="utf-8").splitlines()
     records = [json.loads(line) for line in lines][:: 10 if options.quick else 1]
@@ -42,15 +43,18 @@ def main() -> None:
     if not options.only_job:
         paths = [record["audio_filepath"] for record in records]
         rows = [("plain loop of Transcriber", plain_loop_s(paths)), transformers_row(paths)]
-    job, memory = job_run(records, options.repeat, options.shard_audio_s)
+    jobs = {dtype: job_run(records, options.repeat, options.shard_audio_s, dtype) for dtype in options.dtype}
     audio_s *= options.repeat
-    rows += [("job, without start-up", job["steady_s"]), ("job, whole command", job["command_s"])]
+    for dtype, (job, _) in jobs.items():
+        rows += [(f"job in {dtype}, without start-up", job["steady_s"]), (f"job in {dtype}, whole", job["command_s"])]
     loop_s = rows[0][1]
     table = [(name, seconds, audio_s / seconds, loop_s / seconds) for name, seconds in rows]
     hours = audio_s / 3600
     print_table(f"{len(records) * options.repeat} clips, {hours:.2f} h", ("", "s", "RTFx", "speed / first row"), table)
-    print_table("Stages of the job, summed over actors", ("stage", "s"), list(job["stage_seconds"].items()))
-    print_table("Peak memory, MiB (proportional set size)", ("process", "MiB"), list(memory.items()))
+    for dtype, (job, memory) in jobs.items():
+        stages = list(job["stage_seconds"].items())
+        print_table(f"Stages of the job in {dtype}, summed over actors", ("stage", "s"), stages)
+        print_table(f"Peak memory in {dtype}, MiB (proportional set size)", ("process", "MiB"), list(memory.items()))
 
 
 def plain_loop_s(paths: list[str]) -> float:
@@ -85,7 +89,7 @@ def transformers_row(paths: list[str]) -> tuple[str, float]:
     return f"transformers, batch {best}", run(paths, best)
 
 
-def job_run(records: list[dict], repeat: int, shard_audio_s: float | None) -> tuple[dict, dict[str, int]]:
+def job_run(records: list[dict], repeat: int, shard_audio_s: float | None, dtype: str) -> tuple[dict, dict[str, int]]:
     """The job as a command of its own; its receipt with seconds added, and peak memory by kind of process."""
     with tempfile.TemporaryDirectory() as folder:
         manifest, output = Path(folder, "items.jsonl"), Path(folder, "out")
@@ -95,7 +99,7 @@ def job_run(records: list[dict], repeat: int, shard_audio_s: float | None) -> tu
                     identity = f"{number}/{Path(record['audio_filepath']).stem}"
                     file.write(json.dumps(record | {"id": identity}) + "\n")
         shards = () if shard_audio_s is None else ("--shard-audio-s", str(shard_audio_s))
-        receipt, peaks = command_run(manifest, output, *shards)
+        receipt, peaks = command_run(manifest, output, "--dtype", dtype, *shards)
         return receipt | {"steady_s": steady_s(output)}, peaks
 
 
