@@ -3,8 +3,10 @@
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +17,8 @@ import ray.data
 from parakeet_core.errors import ConfigError, WorkerError
 
 RAY_ADDRESS = "RAY_ADDRESS"  # set by `ray job submit` for the job's entry point
+HEAD_PATIENCE_S = 15.0  # for the port of a cluster's head to open; a head that is starting takes 7 to 14 s
+CONNECT_S = 5.0  # for one try
 
 
 @contextmanager
@@ -32,13 +36,36 @@ def ray_session(address: str | None) -> Iterator[dict[str, float]]:
     """
     started = not ray.is_initialized()
     if started:
-        _start(address or os.environ.get(RAY_ADDRESS) or "local")
+        address = address or os.environ.get(RAY_ADDRESS) or "local"
+        _find_head(address)
+        _start(address)
     quiet_ray_data()
     try:
         yield ray.cluster_resources()
     finally:
         if started:
             ray.shutdown()
+
+
+def _find_head(address: str) -> None:
+    """Make sure that something listens at HOST:PORT. `ray.init` would try for a quarter of an hour, in silence."""
+    host, _, port = address.rpartition(":")
+    if not host or "/" in host or not port.isdigit():
+        return  # a word, a ray:// client's address, or what Ray will refuse
+    deadline = time.monotonic() + HEAD_PATIENCE_S
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), CONNECT_S).close()
+            return
+        except OverflowError as error:
+            raise ConfigError(f"Ray at {address!r} cannot be used: {error}") from error
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise WorkerError(
+                    f"no Ray cluster answers at {address} ({error}), and nothing has run on it; check the address, and "
+                    "that the cluster runs and can be reached from here"
+                ) from error
+            time.sleep(1.0)
 
 
 def _start(address: str) -> None:

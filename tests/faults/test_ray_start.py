@@ -2,13 +2,16 @@
 
 import os
 import signal
+import socket
 
 import pyarrow.dataset as ds
+import pytest
 from job_process import PROMPTS, JobProcess, run_job
 
 RAYLET = "core/src/ray/raylet/raylet"  # the command that `ray.init` waits for
 
 
+@pytest.mark.slow  # Ray waits for 30 s
 def test_ray_that_does_not_start_stops_the_job_before_it_begins(tmp_path):
     source, output = PROMPTS / "prompts.jsonl", tmp_path / "out"
     job = JobProcess(source, output)
@@ -32,3 +35,14 @@ def test_what_is_no_address_is_refused(tmp_path):
     status, printed = run_job(PROMPTS / "prompts.jsonl", tmp_path / "out", "--ray-address", "nonsense")
     assert status == 2, printed
     assert printed.splitlines()[-1] == "error: Ray at 'nonsense' cannot be used: Invalid address format: nonsense"
+
+
+def test_a_cluster_that_is_not_there_is_named_within_a_minute(tmp_path):
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))  # bound and not listening: nobody else can take the port meanwhile
+        address = f"127.0.0.1:{closed.getsockname()[1]}"
+        status, printed = run_job(PROMPTS / "prompts.jsonl", tmp_path / "out", "--ray-address", address)
+    assert status == 1, printed
+    assert "Traceback" not in printed
+    assert f"no Ray cluster answers at {address}" in printed.splitlines()[-1]
+    assert not (tmp_path / "out/transcripts").exists()
