@@ -191,7 +191,7 @@ def run_shards(
 def _pool(size: PoolSize, cpus: float, memory: int) -> dict:
     """Arguments of `map_batches` for a stage whose actors hold one shard at a time and have the next one waiting."""
     return {
-        "batch_size": None,
+        "batch_size": 1,  # a shard, which is the block's only row; with GPUs Ray Data wants to be told
         "batch_format": "pyarrow",
         "zero_copy_batch": True,
         "num_cpus": cpus,
