@@ -30,7 +30,7 @@ from jobs.ownership import claim_output  # noqa: E402
 from jobs.parts import commit_part, part_name  # noqa: E402
 from jobs.plan_store import list_generations, read_plan  # noqa: E402
 from jobs.preparation import identify, prepare  # noqa: E402
-from jobs.schema import TRANSCRIPT_SCHEMA, part_facts, part_metadata  # noqa: E402
+from jobs.schema import TRANSCRIPT_SCHEMA, file_metadata, part_facts  # noqa: E402
 from jobs.storage import Storage  # noqa: E402
 from jobs.transcribe import run  # noqa: E402
 
@@ -84,7 +84,7 @@ def fill(config: TranscribeConfig, folder: Path) -> None:
     }
     table = TRANSCRIPT_SCHEMA.empty_table().from_pylist([row], schema=TRANSCRIPT_SCHEMA)
     names = [part_name(shard, identity.fingerprint) for shard in read_plan(output, generations)["shard"].to_pylist()]
-    commit_part(output, names[0], table, part_metadata({}, "x", part_facts(table)))
+    commit_part(output, names[0], table, file_metadata({}, part_facts(table), {"shard": "x"}))
     for name in names[1:]:
         os.link(output.path(names[0]), output.path(name))
 
