@@ -150,7 +150,7 @@ class TranscribeConfig(InputConfig):
     model_actors: PoolOption | None = None
     """Actors that run the model, one GPU each, or one CPU thread each; default from the cluster."""
     model_resource: str | None = None
-    """Custom Ray resource that each model actor takes one of, to place them on nodes that offer it."""
+    """Ray resource that each model actor takes one of, beside a GPU on cuda: they go to the nodes that offer it."""
     ray_address: str | None = None
     """Cluster to join; default RAY_ADDRESS (set by `ray job submit`), else a new local one."""
 

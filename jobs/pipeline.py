@@ -29,6 +29,8 @@ CPU_MODEL_SHARE = 0.5  # beside stated feature actors: the operating system divi
 GPU_CALLS = 2  # shards in a GPU's actor at a time: the device works on one while the host packs or unpacks the other
 MODELS_PER_COMMIT_ACTOR = 8  # text and Parquet of one shard take about 1 % of the model's time on a CPU
 
+GPU = "GPU"  # Ray's name of the resource
+
 PROCESS_BYTES = 600 << 20  # a worker with torch, pyarrow and soundfile loaded; measured 450 MiB
 READ_AHEAD_BYTES = 256 << 20  # encoded bytes that a feature actor may hold (reading.ReadLimits)
 FEATURE_COPIES = 4  # of a shard's features at a time: rows, table, packed block, and Ray's copy of it; measured 3 + 1
@@ -51,6 +53,7 @@ class Resources:
         model_cpus: CPUs accounted to each model actor.
         features: "cpu" or "gpu": which actors compute features.
         model_resource: custom resource that each model actor takes one of.
+        awaited: what model actors run on, if no node of the cluster has it now.
         feature_bytes, model_bytes: memory accounted to each actor.
     """
 
@@ -62,10 +65,13 @@ class Resources:
     model_bytes: int
     features: str = "cpu"
     model_resource: str | None = None
+    awaited: str | None = None
 
     def describe(self) -> str:
         """The pools in words."""
         model = f"{self.model_pool[0]}-{self.model_pool[1]} model actors"
+        if self.awaited:
+            model += f"; waits for a node with {self.awaited}"
         if self.feature_pool is None:
             return f"{model}, each reading, decoding and writing its own shards"
         return f"{self.feature_pool[0]}-{self.feature_pool[1]} feature and {model}"
@@ -93,7 +99,7 @@ def plan_resources(
             run on while no size of their pool says that it will grow.
     """
     cpus = max(int(cluster.get("CPU", 1)), 1)
-    slot = config.model_resource or ("GPU" if device == "cuda" else None)  # what places for model actors are counted in
+    slot = config.model_resource or (GPU if device == "cuda" else None)  # what places for model actors are counted in
     slots = int(cluster.get(slot, 0)) if slot else cpus
     if not slots and config.model_actors is None:
         raise ConfigError(
@@ -119,6 +125,7 @@ def plan_resources(
         model_bytes=model_bytes if feature_pool else model_bytes + feature_bytes,
         features=config.features,
         model_resource=config.model_resource,
+        awaited=None if slots else slot,
     )
     _check_memory(resources, cluster, slots)
     return resources
@@ -172,8 +179,8 @@ def run_shards(
             chain = ([prepare, recognise, commit],)
             dataset = dataset.map_batches(ChainedStages, fn_constructor_args=chain, **model_pool)
         else:
-            slot = {resources.model_resource: 1.0} if resources.model_resource else {}
-            model_pool |= {"num_gpus": 1 if resources.device == "cuda" else 0, "resources": slot}
+            taken = {resources.model_resource} - {None} | ({GPU} if resources.device == "cuda" else set())
+            model_pool |= {"num_gpus": len(taken & {GPU}), "resources": dict.fromkeys(taken - {GPU}, 1.0)}
             commit_pool = (1, -(-resources.model_pool[1] // MODELS_PER_COMMIT_ACTOR))
             dataset = (
                 dataset.map_batches(
@@ -191,7 +198,7 @@ def run_shards(
 def _pool(size: PoolSize, cpus: float, memory: int, calls: int = 1) -> dict:
     """Arguments of `map_batches` for a stage whose actors work on `calls` shards at a time, one more waiting."""
     return {
-        "batch_size": None,
+        "batch_size": 1,  # a shard, which is the block's only row; with GPUs Ray Data wants to be told
         "batch_format": "pyarrow",
         "zero_copy_batch": True,
         "num_cpus": cpus,

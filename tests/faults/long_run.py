@@ -44,9 +44,10 @@ from kills import (  # noqa: E402
 )
 from ray_nodes import RayNodes  # noqa: E402
 
-SHORT_REPEATS, LONG_REPEATS = 5, 60  # of 44 prompts: 16 minutes and 3.2 hours of audio
-OPTIONS = ("--shard-audio-s", "60")
-LONGEST_PAUSE_S = 15.0  # between two random kills: most fall into the work, some into a start or an end
+SHORT_REPEATS, LONG_REPEATS = 3, 80  # of 44 prompts: 10 minutes and 4.3 hours of audio
+OPTIONS = ("--shard-audio-s", "30")
+LONGEST_PAUSE_S = 6.0  # before a random kill
+KILLS_AT_WORK = 0.8  # of the random kills wait for a part first; the others fall into a start, however slow it is
 
 
 def local_faults() -> dict[str, tuple[Fault, str]]:
@@ -127,7 +128,10 @@ class LongRun:
         started = time.monotonic()
         job = trial.start(*APART)
         while len(done) < kills:
-            pause_s = trial.rng.uniform(0, LONGEST_PAUSE_S)
+            at, pause_s = job.parts(), trial.rng.uniform(0, LONGEST_PAUSE_S)
+            at_work = trial.rng.random() < KILLS_AT_WORK
+            while at_work and job.parts() == at and job.process.poll() is None:
+                time.sleep(0.05)
             deadline = time.monotonic() + pause_s
             while time.monotonic() < deadline and job.process.poll() is None:
                 time.sleep(0.05)

@@ -6,11 +6,8 @@ the same many times over.
 
 import os
 import random
-from pathlib import Path
 
-import pyarrow.dataset as ds
 import pytest
-from job_process import run_job, write_manifest
 from kills import (
     Trial,
     account,
@@ -29,30 +26,12 @@ from kills import (
 from ray_nodes import RayNodes
 
 SEED = int(os.environ.get("FAULT_SEED", "20261122"))
-REPEATS = 8  # of 44 prompts: 26 minutes of audio, some 12 s of work on two cores
-OPTIONS = ("--shard-audio-s", "60")
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("in") / "items.jsonl"
-    write_manifest(path, REPEATS)
-    return path
-
-
-@pytest.fixture(scope="module")
-def undisturbed(source, tmp_path_factory) -> Path:
-    output = tmp_path_factory.mktemp("undisturbed") / "out"
-    status, printed = run_job(source, output, *OPTIONS)
-    assert status == 0, printed
-    assert ds.dataset(output / "transcripts").count_rows() == REPEATS * 44
-    return output
 
 
 @pytest.fixture
-def trial(source, tmp_path, request) -> Trial:
+def trial(source, options, tmp_path, request) -> Trial:
     print(f"seed {SEED}")
-    return Trial(source, tmp_path / "out", OPTIONS, random.Random(f"{SEED} {request.node.name}"))
+    return Trial(source, tmp_path / "out", options, random.Random(f"{SEED} {request.node.name}"))
 
 
 def test_run_ended_in_four_ways_and_resumed(trial, undisturbed):

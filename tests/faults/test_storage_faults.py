@@ -239,7 +239,7 @@ def test_a_full_disk_stops_the_run_and_room_lets_it_finish(ray_cluster, tmp_path
     """The output is a small filesystem of its own, in a user and mount namespace, for which no root is needed."""
     write_manifest(tmp_path / "items.jsonl", 1)
     options = ["--input", str(tmp_path / "items.jsonl"), "--model", str(TINY_EN), "--device", "cpu"]
-    options += ["--shard-audio-s", "20", "--output"]
+    options += ["--shard-audio-s", "20", "--model-actors", "1", "--output"]
     assert main([*options, str(tmp_path / "whole")]) == 0
     whole = part_bytes(tmp_path / "whole")
     assert len(whole) > 5

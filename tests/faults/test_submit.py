@@ -7,7 +7,6 @@ import os
 import re
 import secrets
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -21,6 +20,7 @@ import pytest
 from fault_proxy import FaultProxy
 from job_layouts import PROMPTS, TINY_EN
 from job_process import REPO
+from ray_nodes import RayNodes
 from s3_server import S3Server, free_port
 
 from jobs.report.progress import LINE_EVERY_S
@@ -61,22 +61,6 @@ class Head:
         return done.returncode, done.stdout
 
 
-def end_session(process: subprocess.Popen) -> None:
-    """End a process and all others of its session."""
-    process.send_signal(signal.SIGTERM)  # `ray start --block` ends what it has started
-    try:
-        process.wait(timeout=30)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-    for entry in Path("/proc").iterdir():
-        try:
-            if entry.name.isdigit() and os.getsid(int(entry.name)) == process.pid:
-                os.kill(int(entry.name), signal.SIGKILL)
-        except ProcessLookupError:
-            continue
-
-
 @pytest.fixture(scope="module")
 def head(s3_server):
     """A head with token authentication; jobs find the S3 credentials in its environment."""
@@ -103,7 +87,7 @@ def head(s3_server):
             time.sleep(0.5)
         yield Head(address, environment | {"RAY_API_SERVER_ADDRESS": address})
     finally:
-        end_session(process)
+        RayNodes.kill_node(process)
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -185,6 +169,10 @@ def test_a_complete_job_over_its_error_budget_on_moto(head, moto):
     storage.write_atomic("in/text.wav", b"this is not audio at all, " * 50)
     status, printed = head.submit(*arguments(storage, moto.endpoint_url))
     assert (status, entrypoint_status(printed)) == (1, 3), printed
+    (submission,) = set(re.findall(r"raysubmit_\w+", printed))
+    command = f"ray job status {submission} 2>&1 | grep -o 'failed with exit code [0-9]*'"  # as cluster/README.md says
+    found = subprocess.run(["bash", "-c", command], env=head.environment, stdout=subprocess.PIPE, text=True, check=True)
+    assert found.stdout == "failed with exit code 3\n"
     assert "items   7 in = 6 ok + 0 empty + 1 errors" in printed
     assert len(storage.list_names("out/transcripts")) > 1
     assert storage.exists("out/receipt.json")
