@@ -168,7 +168,8 @@ def run_shards(
     prepare = (PrepareShards, (output, storage, model.config.frontend, feature_dtype, resources.features))
     recognise = (RecogniseShards, (model, dtype, resources.device, feature_dtype))
     commit = (CommitShards, (output, model.tokenizer, model.config.encoder_frame_s, fingerprint, provenance))
-    calls = GPU_CALLS if resources.device == "cuda" else 1
+    taken = {resources.model_resource} - {None} | ({GPU} if resources.device == "cuda" else set())
+    calls = GPU_CALLS if GPU in taken else 1
     model_pool = _pool(resources.model_pool, resources.model_cpus, resources.model_bytes, calls)
     context = ray.data.DataContext.get_current().copy()
     context.target_max_block_size = BLOCK_BYTES_LIMIT
@@ -179,7 +180,6 @@ def run_shards(
             chain = ([prepare, recognise, commit],)
             dataset = dataset.map_batches(ChainedStages, fn_constructor_args=chain, **model_pool)
         else:
-            taken = {resources.model_resource} - {None} | ({GPU} if resources.device == "cuda" else set())
             model_pool |= {"num_gpus": len(taken & {GPU}), "resources": dict.fromkeys(taken - {GPU}, 1.0)}
             commit_pool = (1, -(-resources.model_pool[1] // MODELS_PER_COMMIT_ACTOR))
             dataset = (
@@ -196,7 +196,11 @@ def run_shards(
 
 
 def _pool(size: PoolSize, cpus: float, memory: int, calls: int = 1) -> dict:
-    """Arguments of `map_batches` for a stage whose actors work on `calls` shards at a time, one more waiting."""
+    """Arguments of `map_batches` for a stage whose actors work on `calls` shards at a time, and have as many waiting.
+
+    With fewer waiting the pool would not grow: Ray Data adds an actor when there are 1.75 times as many shards in the
+    actors as these work on (`actor_pool_util_upscaling_threshold`).
+    """
     return {
         "batch_size": 1,  # a shard, which is the block's only row; with GPUs Ray Data wants to be told
         "batch_format": "pyarrow",
@@ -207,7 +211,7 @@ def _pool(size: PoolSize, cpus: float, memory: int, calls: int = 1) -> dict:
         "compute": ray.data.ActorPoolStrategy(
             min_size=size[0],
             max_size=size[1],
-            max_tasks_in_flight_per_actor=calls - 1 + TASKS_PER_ACTOR,
+            max_tasks_in_flight_per_actor=calls * TASKS_PER_ACTOR,
             max_concurrent_calls_per_actor=calls,
             enable_true_multi_threading=calls > 1,
         ),

@@ -69,7 +69,7 @@ TOKEN_FIELDS = [
     pa.field("blank_ratio", pa.float32()),
 ]
 RECOGNISED_SCHEMA = pa.schema([*ITEM_FIELDS, *TOKEN_FIELDS])
-TASKS_PER_ACTOR = 2  # one shard at work and one waiting, so that no actor waits; both are lost with it
+TASKS_PER_ACTOR = 2  # one shard at work and one waiting for each call, so that no actor waits; all are lost with it
 STAGES = ("storage", "decode", "features", "model", "write")
 
 

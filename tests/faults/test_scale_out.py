@@ -18,7 +18,7 @@ from kills import Trial, parts_of
 from ray_nodes import RayNodes
 
 SLOT = {"GPU": 1.0}
-HELD = 2  # shards that a model actor has at work or waiting (stages.TASKS_PER_ACTOR)
+HELD = 4  # shards that a model actor has at work or waiting (pipeline.GPU_CALLS * stages.TASKS_PER_ACTOR)
 
 
 def test_model_actors_come_go_and_leave_with_their_nodes(source, options, undisturbed, tmp_path):
