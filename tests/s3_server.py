@@ -97,4 +97,4 @@ def serve_s3(folder: Path, cached: str = "1ms", digests: bool = True) -> Iterato
         yield S3Server(f"http://{address}", key, secret, folder)
     finally:
         process.terminate()
-        process.wait(timeout=10)
+        process.wait(timeout=START_S)
