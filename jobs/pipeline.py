@@ -173,6 +173,7 @@ def run_shards(
     model_pool = _pool(resources.model_pool, resources.model_cpus, resources.model_bytes, calls)
     context = ray.data.DataContext.get_current().copy()
     context.target_max_block_size = BLOCK_BYTES_LIMIT
+    context.execution_no_progress_timeout_s = -1  # Ray Data gives up after 30 minutes; a spot node may take longer
     tasks = [{name: row[name] for name in ("shard", "plan_file", "row_group", "items")} for row in todo.to_pylist()]
     with ray.data.DataContext.current(context):
         dataset = ray.data.from_items(tasks, override_num_blocks=len(tasks))

