@@ -10,18 +10,11 @@ from small_models import TINY_EN, small_model, write_hf
 from jobs.models import resolve_model
 from jobs.storage.connections import StorageOptions
 from jobs.storage.files import Storage
+from jobs.training import setup
 from jobs.training.config import FinetuneConfig
 from jobs.training.data import prepare_shard
 from jobs.training.loop import TrainingRun, TrainingTask
-from jobs.training.setup import (
-    architecture,
-    choose_tokenizer,
-    claim_output,
-    label_splits,
-    model_config,
-    write_model_files,
-)
-from jobs.training.sources import labelled_shards
+from jobs.training.setup import architecture, claim_output, split_shards
 
 PROMPTS = TINY_EN.parent / "prompts"
 
@@ -59,9 +52,8 @@ def training_config(train: str, validation: str, output: Path, **options) -> Fin
 
 def prepare(config: FinetuneConfig, split: str) -> pa.Table:
     """The index of a split, prepared by this process."""
-    storage = config.storage()
-    folder = Storage(f"{config.output}/data/{split}", storage)
-    shards = labelled_shards(getattr(config, split), folder, storage, config.min_confidence)
+    folder = Storage(f"{config.output}/data/{split}", config.storage())
+    shards = split_shards(config, split, folder)
     return pa.concat_tables([prepare_shard(shard, folder, 16_000, config.max_audio_s) for shard in shards])
 
 
@@ -71,15 +63,8 @@ def make_task(config: FinetuneConfig) -> TrainingTask:
     output = Storage(config.output, config.storage())
     claim_output(output, config, start)
     encoder, frontend = architecture(config, start)
-    train, validation = prepare(config, "train"), prepare(config, "validation")
-    tokenizer = choose_tokenizer(config, start, train, output)
-    model = model_config(encoder, frontend, tokenizer, config, start)
-    splits = label_splits(config, model, tokenizer, train, validation)
-    write_model_files(output, model, tokenizer)
-    keeps_head = config.vocab_size is None
-    return TrainingTask(
-        config, output, model, start, keeps_head, tokenizer, splits["train"][0], splits["validation"][0], "cpu", 1
-    )
+    indices = {split: prepare(config, split) for split in ("train", "validation")}
+    return setup.make_task(config, output, start, encoder, frontend, indices, "cpu", 1)[0]
 
 
 def train(config: FinetuneConfig, rank: int = 0, world: int = 1) -> TrainingRun:

@@ -17,8 +17,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import ray
-
 from jobs.sources.reader import SourceFile
 from parakeet_core.audio import Audio, load_audio
 from parakeet_core.audio_isolated import MEMORY_BYTES, IsolatedDecoder, decoding_limit_s
@@ -28,6 +26,8 @@ from parakeet_core.errors import ErrorKind, InputError
 @functools.cache
 def was_restarted() -> bool:
     """Whether this process is a Ray actor that took the place of a lost one."""
+    import ray  # isolation itself also serves where Ray is not installed
+
     context = ray.get_runtime_context() if ray.is_initialized() else None
     return context is not None and context.get_actor_id() is not None and bool(context.was_current_actor_reconstructed)
 

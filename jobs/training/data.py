@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import ray
 
 from jobs.models import cache_folder
 from jobs.reading.isolation import ShardDecoder
@@ -63,6 +62,8 @@ def prepare_split(
     Raises:
         ray.exceptions.RayError: a task failed for good.
     """
+    import ray  # the rest of this module also serves where Ray is not installed
+
     prepare = ray.remote(num_cpus=1, max_retries=0)(prepare_shard)
     first_try = [prepare.remote(shard, folder, sample_rate_hz, max_audio_s) for shard in shards]
     tables = []
@@ -72,6 +73,11 @@ def prepare_split(
         except ray.exceptions.WorkerCrashedError:  # lost with its node, or to an item: the next try bears such items
             again = prepare.options(max_retries=3).remote(shard, folder, sample_rate_hz, max_audio_s, careful=True)
             tables.append(ray.get(again))
+    return write_index(folder, tables)
+
+
+def write_index(folder: Storage, tables: Sequence[pa.Table]) -> pa.Table:
+    """The index of a split from those of its shards, which is written last of all."""
     index = pa.concat_tables(tables) if tables else INDEX_SCHEMA.empty_table()
     sink = io.BytesIO()
     pq.write_table(index, sink, compression="zstd")

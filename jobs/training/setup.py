@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from jobs.storage.files import Storage
 from jobs.table.schema import normalise_words
 from jobs.training.config import FinetuneConfig
 from jobs.training.labels import LabelReport, Utterances, label_utterances, plain_text
+from jobs.training.loop import MODEL_FOLDER, TrainingTask
+from jobs.training.sources import LabelledShard, labelled_shards
 from parakeet_core.checkpoint_hf import read_encoder_config
 from parakeet_core.config import EncoderConfig, FrontendConfig, ModelConfig
 from parakeet_core.errors import ConfigError
@@ -22,7 +25,6 @@ from parakeet_core.tokenizer import SentencePieceTokenizer, Tokenizer
 from parakeet_core.tokenizer_training import train_tokenizer
 
 RUN_FILE, LABELS_FILE = "finetune.json", "labels.json"
-MODEL_FOLDER = "model"
 TOKENIZER_FILE = f"{MODEL_FOLDER}/tokenizer.model"
 
 
@@ -68,6 +70,58 @@ def architecture(config: FinetuneConfig, start: ModelReference | None) -> tuple[
         rates = dict.fromkeys(("dropout", "activation_dropout", "attention_dropout"), config.dropout)
         encoder = dataclasses.replace(encoder, **rates, layerdrop=min(encoder.layerdrop, config.dropout))
     return encoder, frontend
+
+
+def split_shards(config: FinetuneConfig, split: str, folder: Storage) -> list[LabelledShard]:
+    """The labelled shards of a split, their plans kept in `folder`. Raises ConfigError."""
+    return labelled_shards(
+        getattr(config, split),
+        folder,
+        config.storage(),
+        config.min_confidence,
+        config.allow_local_paths,
+        config.allow_http,
+    )
+
+
+def make_task(
+    config: FinetuneConfig,
+    output: Storage,
+    start: ModelReference | None,
+    encoder: EncoderConfig,
+    frontend: FrontendConfig,
+    indices: dict[str, pa.Table],
+    device: str,
+    threads: int,
+) -> tuple[TrainingTask, dict[str, LabelReport]]:
+    """What the workers are told, and what became of the labels; both are written to the output as well.
+
+    Args:
+        indices: of the prepared audio of "train" and "validation".
+
+    Raises:
+        ConfigError: nothing to train on, or to measure.
+    """
+    tokenizer = choose_tokenizer(config, start, indices["train"], output)
+    model = model_config(encoder, frontend, tokenizer, config, start)
+    splits = label_splits(config, model, tokenizer, **indices)
+    write_label_report(output, splits)
+    for split, (utterances, report) in splits.items():
+        print(describe_labels(split, utterances, report, frontend.frame_s), file=sys.stderr)
+    write_model_files(output, model, tokenizer)
+    task = TrainingTask(
+        config=config,
+        output=output,
+        model=model,
+        start=start,
+        keeps_head=config.vocab_size is None,
+        tokenizer=tokenizer,
+        train=splits["train"][0],
+        validation=splits["validation"][0],
+        device=device,
+        threads=threads,
+    )
+    return task, {split: report for split, (_, report) in splits.items()}
 
 
 def choose_tokenizer(

@@ -10,13 +10,13 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from job_layouts import TINY_EN
 from safetensors.torch import load_file
+from small_models import hf_config, small_config, write_json
 from training_samples import PLAIN, make_task, prompt_manifest, train, training_config
 
 from jobs.training.batches import Position, TrainingBatches, epoch_batches
 from jobs.training.checkpoint import list_checkpoints, load_checkpoint_into, read_progress, save_checkpoint
-from jobs.training.loop import TrainingRun
+from jobs.training.loop import TrainingRun, build_model
 from jobs.training.metrics import measurements, read_metrics
 from parakeet_core import CheckpointError, ConfigError, Transcriber
 from parakeet_core.training import LearningRate
@@ -42,15 +42,16 @@ class StopAfterCheckpoint(TrainingRun):
         raise KeyboardInterrupt
 
 
-def test_overfits_twenty_recordings(tmp_path):
+def test_overfits_twenty_recordings_from_random_weights(tmp_path):
     """Every clip of its training set by heart, by the exported model, read as any checkpoint is."""
     manifest = prompt_manifest(tmp_path / "train.jsonl", 0, 20)
     same = prompt_manifest(tmp_path / "same.jsonl", 0, 20)
-    options = PLAIN | {"learning_rate": 1e-3, "warmup_steps": 4, "batch_audio_s": 60, "export_dtype": "float16"}
-    options |= {"model": str(TINY_EN), "max_steps": 10, "validate_steps": 10, "log_steps": 1}
-    options |= {"freeze_batch_norm": True}  # ten steps are too few for its running statistics
-    config = training_config(manifest, same, tmp_path / "out", **options)
-    run = train(config)
+    sizes = {"d_model": 96, "n_layers": 4, "d_ff": 256, "subsampling_channels": 32, "scale_input": False}
+    write_json(tmp_path / "config.json", hf_config(small_config(**sizes)))
+    options = PLAIN | {"model_config": str(tmp_path / "config.json"), "vocab_size": 128}
+    options |= {"learning_rate": 3e-3, "warmup_steps": 20, "batch_audio_s": 60, "max_steps": 100}
+    options |= {"validate_steps": 50, "log_steps": 10, "export_dtype": "float16"}
+    run = train(training_config(manifest, same, tmp_path / "out", **options))
     assert run.progress.best_wer == 0
     transcriber = Transcriber.load(tmp_path / "out" / "model")
     validation = run.task.validation
@@ -59,8 +60,8 @@ def test_overfits_twenty_recordings(tmp_path):
     assert [transcript.text for transcript in transcriber.transcribe(waveforms)] == validation.texts
     lines = read_metrics(run.task.output)
     losses = [line["loss"] for line in lines if "loss" in line]
-    assert losses[-1] < 0.1 * losses[0]
-    assert measurements(lines)[0]["validation_wer"] > 0.1  # before training
+    assert losses[-1] < 0.05 * losses[0]
+    assert measurements(lines)[0]["validation_wer"] > 0.9  # before training
 
 
 @pytest.mark.parametrize("place", ["local", "s3"])
@@ -113,18 +114,22 @@ def test_accumulated_passes_equal_one(manifests, tmp_path):
     options = PLAIN | {"max_steps": 3, "batch_audio_s": 30, "warmup_steps": 1, "freeze_batch_norm": True}
     whole = train(training_config(*manifests, tmp_path / "a", **options, micro_batch_audio_s=300))
     cut = train(training_config(*manifests, tmp_path / "b", **options, micro_batch_audio_s=1))
-    assert_close_parameters(parameters(cut), parameters(whole))
+    assert_close_parameters(parameters(cut), parameters(whole), build_model(whole.task).state_dict())
 
 
-def assert_close_parameters(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    """Equal but for the order of float32 sums, which AdamW's division by a small root makes larger.
+def assert_close_parameters(
+    found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], start: dict[str, torch.Tensor]
+) -> None:
+    """Each tensor has moved from its start as expected, to one part in a hundred of the length it moved.
 
-    A bias on all keys alike changes no attention: its gradient is rounding, of which AdamW makes full steps.
+    The order of float32 sums differs, and where a single element's gradient is near zero AdamW's division by a small
+    root makes steps of that: such elements may differ, a tensor may not. A bias on all keys alike changes no
+    attention: its whole gradient is rounding.
     """
     for name, tensor in found.items():
-        if name.endswith("k_proj.bias"):
-            continue
-        torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=2e-5, msg=name)
+        if not name.endswith(("k_proj.bias", "num_batches_tracked")):
+            moved = (expected[name] - start[name]).norm()
+            assert (tensor - expected[name]).norm() <= 0.01 * moved + 1e-6, name
 
 
 def test_two_workers_equal_one(manifests, tmp_path):
@@ -139,7 +144,7 @@ def test_two_workers_equal_one(manifests, tmp_path):
         port = probe.getsockname()[1]
     mp.start_processes(_worker, (config, port), nprocs=2, start_method="spawn")
     found = read_checkpoint_weights(tmp_path / "two")
-    assert_close_parameters(found, parameters(alone))
+    assert_close_parameters(found, parameters(alone), build_model(alone.task).state_dict())
     one, two = (read_metrics(make_task(run).output) for run in (alone.config, config))
     for line, other in zip(measurements(one), measurements(two), strict=True):
         assert other["validation_loss"] == pytest.approx(line["validation_loss"], rel=1e-3)

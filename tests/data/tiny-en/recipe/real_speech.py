@@ -1,0 +1,88 @@
+"""Manifests of the recorded speech of the recipe: what is trained on and what is held out, in NeMo's form.
+
+    python real_speech.py --speech FOLDER --output FOLDER [--debs FOLDER]
+
+FOLDER of --speech holds `librispeech-dev-clean.jsonl` and `ljspeech.jsonl` with their audio; the phone prompts come
+from Debian's packages, see ../../prompts/make_prompts.py.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import soundfile
+
+PROMPTS_FOLDER = Path(__file__).resolve().parents[2] / "prompts"
+sys.path.insert(0, str(PROMPTS_FOLDER))
+import make_prompts  # noqa: E402
+
+HELD_OUT_SPEAKERS = ("1988", "2035", "2428", "777")  # of LibriSpeech dev-clean: two women, two men, 8 minutes each
+PROMPT_S = (0.5, 20.0)  # shorter ones are single letters and beeps
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--speech", type=Path, required=True, help="folder of the two manifests and their audio")
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--debs", type=Path, help="folder with the .deb files (default: fetch them with apt-get)")
+    options = parser.parse_args()
+    options.output.mkdir(parents=True, exist_ok=True)
+    read, held_out = split_read_speech(options.speech)
+    write_manifest(options.output / "read.jsonl", read)
+    write_manifest(options.output / "held-out.jsonl", held_out)
+    write_manifest(options.output / "prompts.jsonl", write_prompts(options.debs, options.output / "prompts"))
+    write_manifest(options.output / "carried-prompts.jsonl", carried_prompts())
+
+
+def split_read_speech(folder: Path) -> tuple[list[dict], list[dict]]:
+    """(lines to train on, lines of the speakers that are held out), with absolute paths."""
+    lines = [line for name in ("librispeech-dev-clean", "ljspeech") for line in read_manifest(folder / f"{name}.jsonl")]
+    held_out = [line for line in lines if line["speaker"] in HELD_OUT_SPEAKERS]
+    return [line for line in lines if line["speaker"] not in HELD_OUT_SPEAKERS], held_out
+
+
+def carried_prompts() -> list[dict]:
+    """The prompts that the repository carries; none of them is trained on, nor another with the text of one."""
+    return read_manifest(PROMPTS_FOLDER / "prompts.jsonl")
+
+
+def write_prompts(debs: Path | None, folder: Path) -> list[dict]:
+    """Decode the prompts that are trained on to FLAC; returns their lines."""
+    carried = {line["text"] for line in carried_prompts()}
+    lines = []
+    with tempfile.TemporaryDirectory() as scratch:
+        if debs is None:
+            subprocess.run(["apt-get", "download", *make_prompts.PACKAGES], cwd=scratch, check=True)
+        root = Path(scratch, "root")
+        make_prompts.unpack(debs or Path(scratch), root)
+        folder.mkdir(exist_ok=True)
+        for name, prompt in sorted(make_prompts.read_transcripts(root / make_prompts.TRANSCRIPTS).items()):
+            text = make_prompts.normalise(prompt)
+            source = root / make_prompts.SOUNDS / f"{name}.g722"
+            if not text or text in carried or not source.exists():
+                continue
+            samples = make_prompts.decode_g722(source)
+            duration_s = len(samples) / make_prompts.SAMPLE_RATE_HZ
+            if PROMPT_S[0] <= duration_s <= PROMPT_S[1]:
+                path = folder / f"{name.replace('/', '-')}.flac"
+                soundfile.write(path, samples, make_prompts.SAMPLE_RATE_HZ)
+                lines.append({"audio_filepath": str(path.resolve()), "duration": duration_s, "text": text})
+    return lines
+
+
+def read_manifest(path: Path) -> list[dict]:
+    """Its lines, with absolute paths."""
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [line | {"audio_filepath": str(path.parent.resolve() / line["audio_filepath"])} for line in lines]
+
+
+def write_manifest(path: Path, lines: list[dict]) -> None:
+    path.write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
+    print(f"{len(lines)} items, {sum(line['duration'] for line in lines) / 3600:.2f} h: {path}")
+
+
+if __name__ == "__main__":
+    main()

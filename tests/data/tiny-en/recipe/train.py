@@ -1,0 +1,93 @@
+"""Train the small model for a given time on the data that the other scripts have made.
+
+    python train.py --data FOLDER --output FOLDER --minutes M [--alone] [--model FOLDER] [-- OPTIONS OF THE JOB]
+
+A first run of `MEASURED_STEPS` says how fast this machine is; from that follow the steps of the run itself, whose
+learning rate ends at zero when the time is over. With --alone it is `jobs.finetune_alone`, which needs no Ray. Run
+again with the same arguments, it goes on from the last checkpoint. The model comes out in OUTPUT/model.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[4]
+MEASURED_STEPS = 30
+USED = 0.93  # of the time: the rest for measurements, checkpoints and the end
+REAL_TIMES = 4  # recorded speech counts as often: 2.5 h of it stand beside 25 h that are synthetic
+OPTIONS = {
+    "vocab-size": 256, "batch-audio-s": 640, "learning-rate": 2e-3, "warmup-steps": 200, "freq-width": 20,
+    "time-masks": 6, "dropout": 0.05, "max-audio-s": 20, "export-dtype": "float16", "seed": 0, "log-steps": 10,
+}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="with read.jsonl, prompts.jsonl, held-out.jsonl, ...")
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--minutes", type=float, required=True)
+    parser.add_argument("--alone", action="store_true", help="in one process, without Ray")
+    parser.add_argument("--model", help="a folder to start from, instead of random weights (see model.json)")
+    parser.add_argument(
+        "options", nargs="*", help="options of the job, behind --, which come before those of this file"
+    )
+    arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # which also ends the run that measures
+    output = arguments.output.resolve()  # the job runs in the repository's root
+    output.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "jobs.finetune_alone" if arguments.alone else "jobs.finetune"]
+    command += job_options(arguments.data, arguments.model, arguments.options)
+    steps_file = output / "steps.json"
+    if not steps_file.exists():
+        steps = steps_in(arguments.minutes, command, output)
+        steps_file.write_text(json.dumps(steps))
+    steps = json.loads(steps_file.read_text())
+    command += ["--output", str(output), "--max-steps", str(steps["steps"])]
+    command += ["--validate-steps", str(steps["validate_steps"])]
+    os.chdir(ROOT)
+    os.execv(sys.executable, command)  # in the place of this process, so that signals reach the job
+
+
+def job_options(data: Path, model: str | None, given: list[str]) -> list[str]:
+    """Inputs, the model to start from and options; those given win."""
+    inputs = [path for name in ("read", "prompts") for path in REAL_TIMES * [data / f"{name}.jsonl"]]
+    inputs += sorted(data.glob("synthetic*.jsonl"))
+    command = ["--train", *(str(path.resolve()) for path in inputs)]
+    command += ["--validation", str((data / "held-out.jsonl").resolve())]
+    options = dict(OPTIONS)
+    if model is None:
+        command += ["--model-config", str(Path(__file__).with_name("model.json"))]
+    else:
+        command += ["--model", str(Path(model).resolve())]
+        del options["vocab-size"]
+    named = {word.removeprefix("--") for word in given if word.startswith("--")}
+    command += [word for name, value in options.items() if name not in named for word in (f"--{name}", str(value))]
+    return command + given
+
+
+def steps_in(minutes: float, command: list[str], output: Path) -> dict[str, int]:
+    """Optimiser steps, and steps between two measurements, that this machine does in the time.
+
+    The audio that the first run has prepared is kept for the next.
+    """
+    trial = output / "trial"
+    limits = ["--output", str(trial), "--max-steps", str(MEASURED_STEPS), "--validate-steps", str(MEASURED_STEPS)]
+    subprocess.run([*command, *limits], cwd=ROOT, check=True)
+    lines = [json.loads(line) for line in (trial / "metrics.jsonl").read_text().splitlines()]
+    logged = [line for line in lines if "loss" in line]
+    step_s = (logged[-1]["at"] - logged[0]["at"]) / (logged[-1]["step"] - logged[0]["step"])
+    steps = max(MEASURED_STEPS, round(USED * 60 * minutes / step_s))
+    shutil.rmtree(output / "data", ignore_errors=True)
+    (trial / "data").rename(output / "data")
+    shutil.rmtree(trial)
+    print(f"{step_s:.2f} s a step: {steps} steps in {minutes:g} minutes", file=sys.stderr, flush=True)
+    return {"steps": steps, "validate_steps": max(1, steps // 8)}
+
+
+if __name__ == "__main__":
+    main()
