@@ -64,7 +64,7 @@ def test_the_autoscaler_brings_nodes_while_there_is_work(resource, repeats, tmp_
         for count in (1, 2):
             job.wait_until(lambda: len(actors(cluster.head, "RecogniseShards")) == count, f"{count} model actors")  # noqa: B023
             print(f"{count} model actors after {time.monotonic() - started:.0f} s, {job.parts()} parts")
-            assert cluster.count_nodes() == 1 + count
+            assert cluster.count_nodes() >= 1 + count
         assert trial.end(job) == 0, trial.printed
         print(f"end after {time.monotonic() - started:.0f} s")
         wait_until(lambda: cluster.count_nodes() == 1, "end of the nodes")
