@@ -3,7 +3,7 @@
     python real_speech.py --speech FOLDER --output FOLDER [--debs FOLDER]
 
 FOLDER of --speech holds `librispeech-dev-clean.jsonl` and `ljspeech.jsonl` with their audio; the phone prompts come
-from Debian's packages, see ../../prompts/make_prompts.py.
+from Debian's packages, see ../prompts/make_prompts.py.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import soundfile
 
-PROMPTS_FOLDER = Path(__file__).resolve().parents[2] / "prompts"
+PROMPTS_FOLDER = Path(__file__).resolve().parents[1] / "prompts"
 sys.path.insert(0, str(PROMPTS_FOLDER))
 import make_prompts  # noqa: E402
 

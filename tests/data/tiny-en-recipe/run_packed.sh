@@ -11,7 +11,7 @@ shift 5
 recipe=$(dirname "$(realpath "$0")")
 mkdir -p "$work/site" "$work/data" "$out"
 python3 -m tarfile -e "$bundle/packages.tar.xz" "$work/site" # needs no program for xz
-export PYTHONPATH=$work/site:$(realpath "$recipe/../../../..") PYTHONUNBUFFERED=1
+export PYTHONPATH=$work/site:$(realpath "$recipe/../../..") PYTHONUNBUFFERED=1
 
 bring_out() {
     [ -e "$work/run/model/model.safetensors" ] || return 0

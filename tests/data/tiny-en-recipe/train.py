@@ -16,7 +16,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[4]
+ROOT = Path(__file__).resolve().parents[3]
 MEASURED_STEPS = 30
 USED = 0.93  # of the time: the rest for measurements, checkpoints and the end
 REAL_TIMES = 4  # recorded speech counts as often: 2.5 h of it stand beside 25 h that are synthetic
