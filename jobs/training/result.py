@@ -1,5 +1,6 @@
 """What a training run says: its metrics while it runs, what it came to at its end. Knows nothing of Ray."""
 
+import json
 import sys
 import threading
 from collections.abc import Iterator
@@ -43,15 +44,16 @@ class FinetuneResult:
 def following(output: Storage, before: Progress | None) -> Iterator[None]:
     """Print lines of metrics as they come into the output, which is where the workers write them."""
     ended = threading.Event()
-    seen = {line["at"] for line in read_metrics(output)} if before is not None else set()
+    # Whole lines, as two of them may have been written in the same moment.
+    seen = {json.dumps(line) for line in read_metrics(output)} if before is not None else set()
 
     def follow() -> None:
         while True:
             last = ended.wait(FOLLOW_EVERY_S)
             try:
                 for line in read_metrics(output):
-                    if line["at"] not in seen:
-                        seen.add(line["at"])
+                    if (text := json.dumps(line)) not in seen:
+                        seen.add(text)
                         print(describe(line), file=sys.stderr, flush=True)
             except (InputError, ValueError) as error:  # the display may miss a line; training goes on
                 print(f"{METRICS_FILE} cannot be read now: {error}", file=sys.stderr)

@@ -147,7 +147,7 @@ def test_faults_that_pass_leave_no_trace(bucket, proxy, undisturbed):
     print(dict(proxy.made))
 
 
-@pytest.mark.parametrize("fault", ["expired_token", "slow_down"])
+@pytest.mark.parametrize("fault", ["expired_token", pytest.param("slow_down", marks=pytest.mark.slow)])
 def test_a_fault_that_stays_ends_the_run_and_a_rerun_finishes_it(fault, bucket, proxy, undisturbed, capsys):
     output = f"stays-{fault}"
     proxy.plan = after_parts(proxy, 2, fault)
