@@ -35,7 +35,7 @@ from parakeet_core.encoder import (
 
 POSITION_STEP = 256  # encoder frames (20 s): position tables grow by whole steps, so that few lengths make them grow
 MIN_TILE_FRAMES = 4  # encoder frames; in smaller tiles a third of the work would be what neighbours compute too
-TILE_BYTES = 2 << 20  # first convolution's output on the CPU: fastest of 64 kB to 16 MB at 32 and at 256 channels
+TILE_BYTES = 4 << 20  # first convolution's output on the CPU: fastest of 512 kB to 16 MB at 32 and at 256 channels
 QUERY_BLOCK = 512  # encoder frames (41 s) whose scores over all keys are in memory at a time, for longer items
 
 
@@ -104,7 +104,9 @@ class TiledSubsampling(nn.Module):
     """`Subsampling` with channels last: [B, T, M] -> [B, U, D].
 
     On the CPU item by item, each at its own length, in tiles of time. The first convolution's output is C times M / 2
-    numbers a frame, 40 MB for ten seconds at the true width; a tile's stays in the cache, and needs no mask.
+    numbers a frame, 40 MB for ten seconds at the true width; a tile's stays in the cache, and needs no mask. A tile
+    takes in `halo` encoder frames more on each side: their states are wrong, since the convolutions put zeros around
+    the tile, and are cut off.
     """
 
     def __init__(self, plain: Subsampling, config: EncoderConfig):
@@ -114,6 +116,9 @@ class TiledSubsampling(nn.Module):
         strided, pointwise = [convolutions[0], *convolutions[1::2]], convolutions[2::2]
         self.convolutions = nn.ModuleList(strided)  # the strided one of each stage
         self.pointwise = nn.ModuleList(_linear(conv.weight.flatten(1), conv.bias) for conv in pointwise)
+        self.halo = 0  # encoder frames at an edge of a tile that see what is past it
+        for _ in strided:
+            self.halo = -(-(self.halo + config.subsampling_kernel // 2) // config.subsampling_stride)
         channels, mels = config.subsampling_channels, config.subsample(config.n_mels)
         scale = config.d_model**0.5 if config.scale_input else 1.0
         by_channel = plain.linear.weight.unflatten(1, (channels, mels))  # [D, C, M']
@@ -130,44 +135,35 @@ class TiledSubsampling(nn.Module):
                 valid = valid_frames(lens, states.shape[1])
                 states = torch.where(valid[:, :, None, None], states, 0.0)
                 lens = self.config.subsample_once(lens)
-            states = self._convolve(states, stage, self.config.subsampling_kernel // 2)  # [B, T', M', C]
+            states = self._convolve(states, stage)  # [B, T', M', C]
         return self.linear(states.flatten(2))
 
     def _by_item(self, features: Tensor, lens: Tensor | None) -> Tensor:
         """States before the linear: [B, U, M' * C], zeros past an item's length."""
         config = self.config
-        frames, mels = features.shape[1], config.subsample(config.n_mels)
+        factor, mels = config.subsampling_factor, config.subsample(config.n_mels)
         row_bytes = config.subsampling_channels * config.subsample_once(config.n_mels) * features.element_size()
-        tile = max(TILE_BYTES // (row_bytes * config.subsampling_factor // config.subsampling_stride), MIN_TILE_FRAMES)
-        states = features.new_zeros(len(features), config.subsample(frames), mels * config.subsampling_channels)
-        items = [frames] * len(features) if lens is None else lens.tolist()
-        for row, item, length in zip(states, features, items, strict=True):
+        tile = max(TILE_BYTES // (row_bytes * factor // config.subsampling_stride), MIN_TILE_FRAMES)
+        states = features.new_zeros(
+            len(features), config.subsample(features.shape[1]), mels * config.subsampling_channels
+        )
+        lengths = [features.shape[1]] * len(features) if lens is None else lens.tolist()
+        for row, item, length in zip(states, features, lengths, strict=True):
             kept = config.subsample(length)
             for start in range(0, kept, tile):
                 end = min(start + tile, kept)
-                row[start:end] = self._frames(item[:length], config.n_subsampling_stages, start, end).flatten(1)
+                first, last = max(start - self.halo, 0), min(end + self.halo, kept)
+                seen = item[None, first * factor : min(last * factor, length), :, None]
+                for stage in range(config.n_subsampling_stages):
+                    seen = self._convolve(seen, stage)
+                row[start:end] = seen[0, start - first : end - first].flatten(1)
         return states
 
-    def _frames(self, item: Tensor, stage: int, start: int, end: int) -> Tensor:
-        """Frames [start, end) of an item [T, M] after `stage` stages, zeros where they lie outside it: [T', M', C]."""
-        kernel, stride = self.config.subsampling_kernel, self.config.subsampling_stride
-        length = item.shape[0]
-        for _ in range(stage):
-            length = self.config.subsample_once(length)
-        first, last = max(start, 0), min(end, length)
-        if stage == 0:
-            states = item[first:last, :, None]
-        else:
-            seen = stride * first - kernel // 2, stride * (last - 1) - kernel // 2 + kernel
-            states = self._convolve(self._frames(item, stage - 1, *seen)[None], stage - 1, 0)[0]
-        outside = (first - start, end - last)
-        return F.pad(states, (0, 0, 0, 0, *outside)) if any(outside) else states
-
-    def _convolve(self, states: Tensor, stage: int, time_padding: int) -> Tensor:
+    def _convolve(self, states: Tensor, stage: int) -> Tensor:
         """One strided stage on channels-last states, with its activation: [B, T, M, C] -> [B, T', M', C']."""
         conv = self.convolutions[stage]
-        padding = (time_padding, self.config.subsampling_kernel // 2)
-        states = F.conv2d(states.permute(0, 3, 1, 2), conv.weight, conv.bias, conv.stride, padding, groups=conv.groups)
+        states = states.permute(0, 3, 1, 2)
+        states = F.conv2d(states, conv.weight, conv.bias, conv.stride, conv.padding, groups=conv.groups)
         states = states.permute(0, 2, 3, 1)
         if stage > 0:
             states = self.pointwise[stage - 1](states)
@@ -273,8 +269,12 @@ class FusedAttention(nn.Module):
         scores = shift_relative(by_distance.unflatten(1, (batch, frames))).transpose(0, 1)  # [B, H, Q, U]
         if key_bias is not None:
             scores = scores + key_bias
-        k, v = qkv[:, :, 1].transpose(1, 2), qkv[:, :, 2].transpose(1, 2)  # [B, H, U, K] each
-        return F.scaled_dot_product_attention(queries.transpose(1, 2), k, v, attn_mask=scores, scale=1.0)
+        q, k, v = (heads.transpose(1, 2) for heads in (queries, qkv[:, :, 1], qkv[:, :, 2]))  # [B, H, Q or U, K] each
+        if q.device.type == "cpu" and q.dtype != torch.float32:
+            # torch's own attention multiplies half precision slowly on CPUs: 1.3 to 1.8 times the time of these.
+            scores = torch.baddbmm(scores.flatten(0, 1), q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2))
+            return torch.bmm(scores.softmax(-1), v.flatten(0, 1)).unflatten(0, q.shape[:2])
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=scores, scale=1.0)
 
     def position_window(self, frames: int) -> Positions:
         """Tables of the distances of `frames` encoder frames, which `reserve` has made."""

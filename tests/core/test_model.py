@@ -116,7 +116,7 @@ def test_any_tile_of_the_subsampling(frames, options, monkeypatch):
 @torch.no_grad()
 def test_tiles_of_the_real_size():
     model = small_model(3)
-    features, lens = random_features([9000, 4000])
+    features, lens = random_features([16000, 8000])
     first_convolution_bytes = lens[0] // 2 * model.config.encoder.subsampling_channels * 40 * 4
     assert first_convolution_bytes > 2 * inference.TILE_BYTES
     expected, out_lens = model(features, lens)
