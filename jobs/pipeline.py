@@ -6,8 +6,9 @@ Without a GPU one actor per CPU runs the three stages in turn (`ChainedStages`),
 user: nothing has to wait for anything else there, no bytes go through the object store, and fewer processes start.
 """
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pyarrow as pa
 import ray
@@ -52,6 +53,7 @@ class Resources:
         feature_pool, model_pool: fewest and most actors. No feature pool: the model actors run all stages.
         model_cpus: CPUs accounted to each model actor.
         features: "cpu" or "gpu": which actors compute features.
+        model_start: model actors that are started at once, without waiting for Ray Data to see that they are needed.
         model_resource: custom resource that each model actor takes one of.
         awaited: what model actors run on, if no node of the cluster has it now.
         feature_bytes, model_bytes: memory accounted to each actor.
@@ -64,6 +66,7 @@ class Resources:
     feature_bytes: int
     model_bytes: int
     features: str = "cpu"
+    model_start: int = 1
     model_resource: str | None = None
     awaited: str | None = None
 
@@ -128,7 +131,8 @@ def plan_resources(
         awaited=None if slots else slot,
     )
     _check_memory(resources, cluster, slots)
-    return resources
+    fit = min(slots, cluster.get("memory", math.inf) // resources.model_bytes)
+    return replace(resources, model_start=int(min(max(fit, model_pool[0]), model_pool[1])))
 
 
 def _at_most(wanted: int, shards: int) -> int:
@@ -170,7 +174,7 @@ def run_shards(
     commit = (CommitShards, (output, model.tokenizer, model.config.encoder_frame_s, fingerprint, provenance))
     taken = {resources.model_resource} - {None} | ({GPU} if resources.device == "cuda" else set())
     calls = GPU_CALLS if GPU in taken else 1
-    model_pool = _pool(resources.model_pool, resources.model_cpus, resources.model_bytes, calls)
+    model_pool = _pool(resources.model_pool, resources.model_cpus, resources.model_bytes, calls, resources.model_start)
     context = ray.data.DataContext.get_current().copy()
     context.target_max_block_size = BLOCK_BYTES_LIMIT
     context.execution_no_progress_timeout_s = -1  # Ray Data gives up after 30 minutes; a spot node may take longer
@@ -196,7 +200,7 @@ def run_shards(
             yield from batch.to_pylist()
 
 
-def _pool(size: PoolSize, cpus: float, memory: int, calls: int = 1) -> dict:
+def _pool(size: PoolSize, cpus: float, memory: int, calls: int = 1, start: int | None = None) -> dict:
     """Arguments of `map_batches` for a stage whose actors work on `calls` shards at a time, and have as many waiting.
 
     With fewer waiting the pool would not grow: Ray Data adds an actor when there are 1.75 times as many shards in the
@@ -212,6 +216,7 @@ def _pool(size: PoolSize, cpus: float, memory: int, calls: int = 1) -> dict:
         "compute": ray.data.ActorPoolStrategy(
             min_size=size[0],
             max_size=size[1],
+            initial_size=start,
             max_tasks_in_flight_per_actor=calls * TASKS_PER_ACTOR,
             max_concurrent_calls_per_actor=calls,
             enable_true_multi_threading=calls > 1,

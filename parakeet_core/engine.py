@@ -29,7 +29,7 @@ MAX_PASS_FRAMES = 30_000  # feature frames, 300 s
 WINDOW_FRAMES = 6_144  # feature frames, 61 s: what one window gives; whole encoder frames at any subsampling factor
 CONTEXT_FRAMES = 1_024  # feature frames, 10 s: what it sees beyond, on each side
 COLLAPSE_FRAMES = 100_000  # encoder frames collapsed together: some MB, and one long item does not pad all others
-CPU_BUDGET_FRAMES = 6_000  # cost of a batch; on a CPU larger ones, whose states leave the cache, are no faster
+CPU_BUDGET_FRAMES = 6_000  # cost of a batch in float32, twice it in half precision: larger states leave the cache
 CUDA_BUDGET_FRAMES = 200_000  # about 2000 s of short items: enough rows to fill the matrix units of a large GPU
 FEATURE_BUDGET_FRAMES = 120_000  # cost of a batch of waveforms: 20 minutes, 77 MB of samples
 BATCHES_AHEAD = 2  # on CUDA: one that runs and one that waits behind it, so that the device never waits for the host
@@ -100,7 +100,9 @@ class Engine:
         self.model = model.prepare_inference()
         self.frontend = checkpoint.frontend
         self._sending = threading.Lock()  # batches reach the device whole, one after the other
-        default = CPU_BUDGET_FRAMES if self.device.type == "cpu" else CUDA_BUDGET_FRAMES
+        default = CUDA_BUDGET_FRAMES
+        if self.device.type == "cpu":
+            default = CPU_BUDGET_FRAMES * torch.float32.itemsize // self.dtype.itemsize
         self.budget_frames = default if budget_frames is None else budget_frames
         if compiled or (compiled is None and self.device.type == "cuda"):
             self.model.compile_layers()

@@ -1,5 +1,9 @@
 """How the pools fit a cluster, and that a block carries a shard unharmed."""
 
+import platform
+import subprocess
+import sys
+
 import pyarrow as pa
 import pytest
 from job_layouts import job_config
@@ -46,12 +50,52 @@ def test_no_more_actors_than_shards_and_stated_pools_are_taken_as_they_are():
 
 
 @pytest.mark.parametrize(
+    ("device", "cluster", "options", "start"),
+    [
+        ("cpu", {"CPU": 4.0, "memory": 64.0 * GIB}, {}, 4),
+        ("cpu", {"CPU": 16.0, "memory": 12.0 * GIB}, {}, 3),  # of 3.6 GiB each
+        ("cuda", NODE, {"model_actors": (1, 64)}, 2),
+        ("cuda", NODE, {"model_actors": (1, 1)}, 1),
+        ("cuda", {"CPU": 4.0}, {"model_actors": (3, 64)}, 3),  # none has a place yet
+    ],
+)
+def test_model_actors_that_have_a_place_start_at_once(device, cluster, options, start):
+    assert resources(device, cluster, **options).model_start == start
+
+
+@pytest.mark.parametrize(
     ("device", "cluster", "message"),
     [("cuda", {"CPU": 8.0}, "no GPU now"), ("cpu", {"CPU": 8.0, "memory": 1.0 * GIB}, "smallest pools need")],
 )
 def test_what_does_not_fit_is_refused_instead_of_waiting_for_ever(device, cluster, message):
     with pytest.raises(ConfigError, match=message):
         resources(device, cluster)
+
+
+MEMORY_AFTER_A_BATCH = """
+import sys
+from pathlib import Path
+import torch
+from jobs.stages import keep_freed_memory
+
+def resident_mib():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 >> 20
+
+torch.set_num_threads(1)
+if sys.argv[1] == "kept":
+    keep_freed_memory()
+before = resident_mib()
+states = [torch.ones(1 << 21) for _ in range(16)]  # 8 MiB each
+del states
+print(resident_mib() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the setting is glibc's")
+def test_memory_of_a_batch_is_kept_for_the_next_one():
+    command = [sys.executable, "-c", MEMORY_AFTER_A_BATCH]
+    kept, given_back = (int(subprocess.check_output([*command, how])) for how in ("kept", "given back"))
+    assert given_back < 16 < 120 < kept  # of 128
 
 
 def test_a_packed_shard_comes_back_as_it_was():
