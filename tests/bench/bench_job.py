@@ -16,14 +16,13 @@ import os
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 
 import torch
 from harness import ROOT, SPEECH, TINY_CHECKPOINT, print_machine, print_table
 
-SAMPLE_EVERY_S = 0.2
+SAMPLE_EVERY_S = 0.2  # of memory, which costs the job up to a tenth of its speed: times come from runs without it
 REFERENCE_BATCHES = (1, 4, 16)  # sizes tried; the best one is reported
 
 
@@ -51,8 +50,10 @@ def main() -> None:
         ]
     jobs = {}
     for dtype in options.dtype:
-        runs = [job_run(records, options.repeat, options.shard_audio_s, dtype) for _ in range(options.tries)]
-        jobs[dtype] = min(runs, key=lambda run: run[0]["steady_s"])
+        manifest = (records, options.repeat, options.shard_audio_s, dtype)
+        runs = [job_run(*manifest, memory=False)[0] for _ in range(options.tries)]
+        _, peaks = job_run(*manifest, memory=True)
+        jobs[dtype] = min(runs, key=lambda receipt: receipt["steady_s"]), peaks
     audio_s *= options.repeat
     for dtype, (job, _) in jobs.items():
         rows += [(f"job in {dtype}, without start-up", job["steady_s"]), (f"job in {dtype}, whole", job["command_s"])]
@@ -98,8 +99,10 @@ def transformers_row(paths: list[str], tries: int) -> tuple[str, float]:
     return f"transformers, batch {best}", min(run(paths, best) for _ in range(tries))
 
 
-def job_run(records: list[dict], repeat: int, shard_audio_s: float | None, dtype: str) -> tuple[dict, dict[str, int]]:
-    """The job as a command of its own; its receipt with seconds added, and peak memory by kind of process."""
+def job_run(
+    records: list[dict], repeat: int, shard_audio_s: float | None, dtype: str, memory: bool
+) -> tuple[dict, dict[str, int]]:
+    """The job as a command of its own; its receipt with seconds added, and peak memory by kind of process if asked."""
     with tempfile.TemporaryDirectory() as folder:
         manifest, output = Path(folder, "items.jsonl"), Path(folder, "out")
         with open(manifest, "w", encoding="utf-8") as file:
@@ -108,20 +111,19 @@ def job_run(records: list[dict], repeat: int, shard_audio_s: float | None, dtype
                     identity = f"{number}/{Path(record['audio_filepath']).stem}"
                     file.write(json.dumps(record | {"id": identity}) + "\n")
         shards = () if shard_audio_s is None else ("--shard-audio-s", str(shard_audio_s))
-        receipt, peaks = command_run(manifest, output, "--dtype", dtype, *shards)
+        receipt, peaks = command_run(manifest, output, "--dtype", dtype, *shards, memory=memory)
         return receipt | {"steady_s": steady_s(output)}, peaks
 
 
-def command_run(manifest: Path, output: Path, *options: str) -> tuple[dict, dict[str, int]]:
+def command_run(manifest: Path, output: Path, *options: str, memory: bool) -> tuple[dict, dict[str, int]]:
     """The command over a manifest; its receipt with the seconds of the whole command, and peak memory by process."""
     command = [sys.executable, "-m", "jobs.transcribe", "--input", str(manifest), "--output", str(output)]
     start = time.perf_counter()
     process = subprocess.Popen([*command, "--model", str(TINY_CHECKPOINT), *options], cwd=ROOT, start_new_session=True)
     peaks: dict[str, int] = {}
-    watcher = threading.Thread(target=watch_memory, args=(process, peaks))
-    watcher.start()
+    if memory:
+        watch_memory(process, peaks)
     status = process.wait()
-    watcher.join()
     if status:
         raise SystemExit(f"the job ended with {status}")
     command_s = time.perf_counter() - start

@@ -78,7 +78,7 @@ def run_hours(hours: float, *options: str) -> tuple[dict, dict[str, int]]:
     """A run over so many hours: its receipt with seconds added, and peak memory by kind of process."""
     with tempfile.TemporaryDirectory() as folder:
         write_hours(Path(folder, "items.jsonl"), hours)
-        receipt, peaks = command_run(Path(folder, "items.jsonl"), Path(folder, "out"), *options)
+        receipt, peaks = command_run(Path(folder, "items.jsonl"), Path(folder, "out"), *options, memory=True)
         return receipt | {"steady_s": steady_s(Path(folder, "out"))}, peaks
 
 
