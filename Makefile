@@ -19,8 +19,9 @@ demo: venv
 	$(BIN)/python -m jobs.transcribe --input tests/data/prompts/prompts.jsonl --output demo-output --model tests/data/tiny-en
 	$(BIN)/python -m jobs.show demo-output
 
+# Two files of tests at a time: half of the time of one is waiting, for Ray to start and for what was killed.
 test: venv
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist loadfile
 
 test-all: venv
 	$(BIN)/python -m pytest
