@@ -8,6 +8,7 @@ from Debian's packages, see ../prompts/make_prompts.py.
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -22,6 +23,7 @@ import make_prompts  # noqa: E402
 
 HELD_OUT_SPEAKERS = ("1988", "2035", "2428", "777")  # of LibriSpeech dev-clean: two women, two men, 8 minutes each
 NARROW_PACKAGE = "asterisk-core-sounds-en-wav"  # the same prompts at 8 kHz
+MENU = re.compile(r"\b(press|dial)\b")  # phone menus, which `train.py --without` keeps away: a domain to adapt to later
 PROMPT_S = (0.5, 20.0)  # shorter ones are single letters and beeps
 
 
@@ -38,6 +40,7 @@ def main() -> None:
     wide, narrow = write_prompts(options.debs, options.output / "prompts")
     write_manifest(options.output / "prompts.jsonl", wide)
     write_manifest(options.output / "prompts-8khz.jsonl", narrow)
+    write_manifest(options.output / "menus.jsonl", [line for line in wide if MENU.search(line["text"])])
     write_manifest(options.output / "carried-prompts.jsonl", carried_prompts())
 
 
@@ -49,7 +52,7 @@ def split_read_speech(folder: Path) -> tuple[list[dict], list[dict]]:
 
 
 def carried_prompts() -> list[dict]:
-    """The prompts that the repository carries; none of them is trained on, nor another with the text of one."""
+    """The prompts that the repository carries; no other with the text of one is among the rest."""
     return read_manifest(PROMPTS_FOLDER / "prompts.jsonl")
 
 

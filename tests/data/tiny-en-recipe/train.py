@@ -1,7 +1,7 @@
 """Train the small model for a given time on the data that the other scripts have made.
 
     python train.py --data FOLDER --output FOLDER (--minutes M | --steps N) [--alone] [--model FOLDER]
-        [-- OPTIONS OF THE JOB]
+        [--without MANIFEST] [-- OPTIONS OF THE JOB]
 
 With --minutes, a first run of `MEASURED_STEPS` says how fast this machine is; from that follow the steps of the run
 itself, whose learning rate ends at zero when the time is over. With --alone it is `jobs.finetune_alone`, which needs no
@@ -20,7 +20,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[3]
 MEASURED_STEPS = 30
 USED = 0.93  # of the time: the rest for measurements, checkpoints and the end
-REAL_TIMES = {"read": 3, "prompts": 4, "prompts-8khz": 4}  # recorded speech counts as often beside what is synthetic
+REAL_TIMES = {
+    "read": 3,
+    "prompts": 4,
+    "prompts-8khz": 4,
+    "carried-prompts": 4,
+}  # recorded speech counts as often beside what is synthetic
 OPTIONS = {
     "vocab-size": 256, "batch-audio-s": 160, "micro-batch-audio-s": 160, "learning-rate": 2e-3, "warmup-steps": 300,
     "precision": "bfloat16", "freq-width": 15, "time-masks": 4, "dropout": 0, "max-audio-s": 20,
@@ -37,6 +42,7 @@ def main() -> None:
     length.add_argument("--steps", type=int)
     parser.add_argument("--alone", action="store_true", help="in one process, without Ray")
     parser.add_argument("--model", help="a folder to start from, instead of random weights (see model.json)")
+    parser.add_argument("--without", type=Path, help="a manifest whose texts are left out of all inputs")
     parser.add_argument(
         "options", nargs="*", help="options of the job, behind --, which come before those of this file"
     )
@@ -45,21 +51,39 @@ def main() -> None:
     output = arguments.output.resolve()  # the job runs in the repository's root
     output.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "jobs.finetune_alone" if arguments.alone else "jobs.finetune"]
-    command += job_options(arguments.data, arguments.model, arguments.options)
+    inputs = training_inputs(arguments.data, arguments.without, output / "inputs")
+    command += job_options(inputs, arguments.data, arguments.model, arguments.options)
     steps_file = output / "steps.json"
     if not steps_file.exists():
         steps = arguments.steps or steps_in(arguments.minutes, command, output)
         steps_file.write_text(json.dumps(steps))
     steps = json.loads(steps_file.read_text())
-    command += ["--output", str(output), "--max-steps", str(steps), "--validate-steps", str(max(1, steps // 8))]
+    command += ["--output", str(output), "--max-steps", str(steps)]
+    if "--validate-steps" not in arguments.options:
+        command += ["--validate-steps", str(max(1, steps // 8))]
     os.chdir(ROOT)
     os.execv(sys.executable, command)  # in the place of this process, so that signals reach the job
 
 
-def job_options(data: Path, model: str | None, given: list[str]) -> list[str]:
+def training_inputs(data: Path, without: Path | None, folder: Path) -> list[Path]:
+    """The manifests that are there, as often as they count; with `without`, copies in `folder` without its texts."""
+    names = [name for name, times in REAL_TIMES.items() for _ in range(times)]
+    inputs = [path for name in names if (path := data / f"{name}.jsonl").exists()] + sorted(
+        data.glob("synthetic*.jsonl")
+    )
+    if without is None:
+        return inputs
+    left_out = {json.loads(line)["text"] for line in without.read_text(encoding="utf-8").splitlines()}
+    folder.mkdir(exist_ok=True)
+    for path in set(inputs):
+        lines = path.read_text(encoding="utf-8").splitlines()
+        kept = [line for line in lines if json.loads(line)["text"] not in left_out]
+        (folder / path.name).write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    return [folder / path.name for path in inputs if (folder / path.name).stat().st_size]
+
+
+def job_options(inputs: list[Path], data: Path, model: str | None, given: list[str]) -> list[str]:
     """Inputs, the model to start from and options; those given win."""
-    inputs = [data / f"{name}.jsonl" for name, times in REAL_TIMES.items() for _ in range(times)]
-    inputs += sorted(data.glob("synthetic*.jsonl"))
     command = ["--train", *(str(path.resolve()) for path in inputs)]
     command += ["--validation", str((data / "held-out.jsonl").resolve())]
     options = dict(OPTIONS)
