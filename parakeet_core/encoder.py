@@ -89,7 +89,7 @@ def _convolved(layer: nn.Module, states: Tensor) -> Tensor:
     if not isinstance(layer, nn.Conv2d) or states.device.type != "cpu":
         return layer(states)
     weight, depthwise = layer.weight, layer.groups > 1
-    if layer.stride[0] > 1:  # a kernel of one is the same in both layouts, and its gradient is to keep its own
+    if layer.stride[0] > 1:  # a kernel of one is the same in both layouts
         weight = weight.contiguous(memory_format=torch.channels_last)
     with torch.autocast("cpu", enabled=torch.is_autocast_enabled("cpu") and not depthwise):
         states = states.to(weight.dtype if depthwise else states.dtype, memory_format=torch.channels_last)
