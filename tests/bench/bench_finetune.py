@@ -2,7 +2,7 @@
 
     python tests/bench/bench_finetune.py [--debs FOLDER] [--output FOLDER]
 
-Trains on 29 menus and the ten spoken digits, 4.4 minutes of one speaker, and measures 18 other menus, none with the
+Trains on menus and the ten spoken digits, some four minutes of one speaker, and measures other menus, none with the
 text of one of them. The recordings come from Debian's packages, see tests/data/prompts/make_prompts.py.
 """
 
