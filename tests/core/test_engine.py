@@ -159,9 +159,9 @@ def test_sizes_of_windows_are_whole_encoder_frames():
 
 
 def test_windows_on_speech(tiny_en, prompts, windows):
-    """With attention a window of 24 s is not what one pass over 90 s says, but no worse: WER 65.4 %, not 66.1 %.
+    """With attention a window of 24 s is not what one pass over 90 s says, but no worse: WER 37.8 %, not 42.0 %.
 
-    Both are bad because the model knows single prompts alone, each normalised by itself: those it hears at 26.9 %.
+    Both are bad because the model knows single prompts alone, each normalised by itself: those it hears at 0.4 %.
     """
     checkpoint = load_checkpoint(tiny_en)
     engine = Engine(checkpoint)
@@ -174,7 +174,7 @@ def test_windows_on_speech(tiny_en, prompts, windows):
     windows(2400, 2400, 400)
     (cut,) = engine.recognise([features[0]])
     assert cut.ids.tolist() != one_pass.ids.tolist()  # it was cut
-    assert edit_distance(cut.ids.tolist(), one_pass.ids.tolist()) <= 0.15 * len(one_pass.ids)  # measured 0.12
+    assert edit_distance(cut.ids.tolist(), one_pass.ids.tolist()) <= 0.15 * len(one_pass.ids)  # measured 0.10
     errors = [edit_distance(checkpoint.tokenizer.decode(t.ids.tolist()).split(), words) for t in (cut, one_pass)]
     assert errors[0] <= errors[1] + 0.03 * len(words)
 

@@ -49,6 +49,24 @@ def test_without_rates_training_is_deterministic():
     assert loss_of(model).item() == loss_of(model).item() == loss_of(model.eval()).item()
 
 
+@pytest.mark.parametrize(("autocast", "tolerance"), [(False, 1e-5), (True, 0.02)])
+def test_subsampling_on_a_cpu_as_its_layers_one_after_another(autocast, tolerance):
+    """States and gradients; in bfloat16 within its rounding."""
+    subsampling = model_with().encoder.subsampling
+    features, lens = random_features([120, 120])
+    expected = features[:, None]
+    for layer in subsampling.layers:
+        expected = layer(expected)
+    expected = subsampling.linear(expected.transpose(1, 2).flatten(-2))
+    expected_gradients = torch.autograd.grad(expected.square().mean(), subsampling.parameters())
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        states, _ = subsampling(features, lens)
+    states.float().square().mean().backward()
+    gradients = [parameter.grad for parameter in subsampling.parameters()]
+    for found, wanted in zip((states.float(), *gradients), (expected, *expected_gradients), strict=True):
+        assert (found - wanted).abs().max() <= tolerance * wanted.abs().max()
+
+
 @pytest.mark.parametrize("rates", [{}, {"dropout": 0.1, "attention_dropout": 0.1, "layerdrop": 0.4}], ids=str)
 def test_gradients_reach_every_parameter(rates):
     """In every step, whatever layers are dropped: data-parallel training waits for all of them."""

@@ -41,9 +41,9 @@ PROMPTS = {
 }
 
 
-def unpack(debs: Path, into: Path) -> None:
-    """Unpack the two packages found in `debs` below `into`, running none of their scripts."""
-    for package in PACKAGES:
+def unpack(debs: Path, into: Path, packages: tuple[str, ...] = PACKAGES) -> None:
+    """Unpack the packages found in `debs` below `into`, running none of their scripts."""
+    for package in packages:
         found = sorted(debs.glob(f"{package}_*.deb"))
         if len(found) != 1:
             raise SystemExit(f"{debs}: {len(found)} files match {package}_*.deb, expected one")

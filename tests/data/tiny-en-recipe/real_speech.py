@@ -8,11 +8,13 @@ from Debian's packages, see ../prompts/make_prompts.py.
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import soundfile
 
 PROMPTS_FOLDER = Path(__file__).resolve().parents[1] / "prompts"
@@ -20,6 +22,8 @@ sys.path.insert(0, str(PROMPTS_FOLDER))
 import make_prompts  # noqa: E402
 
 HELD_OUT_SPEAKERS = ("1988", "2035", "2428", "777")  # of LibriSpeech dev-clean: two women, two men, 8 minutes each
+NARROW_PACKAGE = "asterisk-core-sounds-en-wav"  # the same prompts at 8 kHz
+MENU = re.compile(r"\b(press|dial)\b")  # phone menus, which `train.py --without` keeps away: a domain to adapt to later
 PROMPT_S = (0.5, 20.0)  # shorter ones are single letters and beeps
 
 
@@ -33,7 +37,10 @@ def main() -> None:
     read, held_out = split_read_speech(options.speech)
     write_manifest(options.output / "read.jsonl", read)
     write_manifest(options.output / "held-out.jsonl", held_out)
-    write_manifest(options.output / "prompts.jsonl", write_prompts(options.debs, options.output / "prompts"))
+    wide, narrow = write_prompts(options.debs, options.output / "prompts")
+    write_manifest(options.output / "prompts.jsonl", wide)
+    write_manifest(options.output / "prompts-8khz.jsonl", narrow)
+    write_manifest(options.output / "menus.jsonl", [line for line in wide if MENU.search(line["text"])])
     write_manifest(options.output / "carried-prompts.jsonl", carried_prompts())
 
 
@@ -45,32 +52,39 @@ def split_read_speech(folder: Path) -> tuple[list[dict], list[dict]]:
 
 
 def carried_prompts() -> list[dict]:
-    """The prompts that the repository carries; none of them is trained on, nor another with the text of one."""
+    """The prompts that the repository carries; no other with the text of one is among the rest."""
     return read_manifest(PROMPTS_FOLDER / "prompts.jsonl")
 
 
-def write_prompts(debs: Path | None, folder: Path) -> list[dict]:
-    """Decode the prompts that are trained on to FLAC; returns their lines."""
+def write_prompts(debs: Path | None, folder: Path) -> tuple[list[dict], list[dict]]:
+    """Write the prompts that are trained on as FLAC; returns the lines of their 16 kHz and their 8 kHz recordings."""
     carried = {line["text"] for line in carried_prompts()}
-    lines = []
+    wide, narrow = [], []
     with tempfile.TemporaryDirectory() as scratch:
+        packages = (*make_prompts.PACKAGES, NARROW_PACKAGE)
         if debs is None:
-            subprocess.run(["apt-get", "download", *make_prompts.PACKAGES], cwd=scratch, check=True)
+            subprocess.run(["apt-get", "download", *packages], cwd=scratch, check=True)
         root = Path(scratch, "root")
-        make_prompts.unpack(debs or Path(scratch), root)
+        make_prompts.unpack(debs or Path(scratch), root, packages)
         folder.mkdir(exist_ok=True)
         for name, prompt in sorted(make_prompts.read_transcripts(root / make_prompts.TRANSCRIPTS).items()):
             text = make_prompts.normalise(prompt)
             source = root / make_prompts.SOUNDS / f"{name}.g722"
             if not text or text in carried or not source.exists():
                 continue
-            samples = make_prompts.decode_g722(source)
-            duration_s = len(samples) / make_prompts.SAMPLE_RATE_HZ
-            if PROMPT_S[0] <= duration_s <= PROMPT_S[1]:
-                path = folder / f"{name.replace('/', '-')}.flac"
-                soundfile.write(path, samples, make_prompts.SAMPLE_RATE_HZ)
-                lines.append({"audio_filepath": str(path.resolve()), "duration": duration_s, "text": text})
-    return lines
+            path = folder / f"{name.replace('/', '-')}.flac"
+            wide += _prompt(path, make_prompts.decode_g722(source), make_prompts.SAMPLE_RATE_HZ, text)
+            narrow += _prompt(path.with_suffix(".wav"), *soundfile.read(source.with_suffix(".wav")), text)
+    return wide, narrow
+
+
+def _prompt(path: Path, samples: np.ndarray, rate_hz: int, text: str) -> list[dict]:
+    """Write a recording and return its line of the manifest; none of either for a length not trained on."""
+    duration_s = len(samples) / rate_hz
+    if not PROMPT_S[0] <= duration_s <= PROMPT_S[1]:
+        return []
+    soundfile.write(path, samples, rate_hz)
+    return [{"audio_filepath": str(path.resolve()), "duration": duration_s, "text": text}]
 
 
 def read_manifest(path: Path) -> list[dict]:

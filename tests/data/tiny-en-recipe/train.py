@@ -1,10 +1,11 @@
 """Train the small model for a given time on the data that the other scripts have made.
 
-    python train.py --data FOLDER --output FOLDER --minutes M [--alone] [--model FOLDER] [-- OPTIONS OF THE JOB]
+    python train.py --data FOLDER --output FOLDER (--minutes M | --steps N) [--alone] [--model FOLDER]
+        [--without MANIFEST] [-- OPTIONS OF THE JOB]
 
-A first run of `MEASURED_STEPS` says how fast this machine is; from that follow the steps of the run itself, whose
-learning rate ends at zero when the time is over. With --alone it is `jobs.finetune_alone`, which needs no Ray. Run
-again with the same arguments, it goes on from the last checkpoint. The model comes out in OUTPUT/model.
+With --minutes, a first run of `MEASURED_STEPS` says how fast this machine is; from that follow the steps of the run
+itself, whose learning rate ends at zero when the time is over. With --alone it is `jobs.finetune_alone`, which needs no
+Ray. Run again with the same arguments, it goes on from the last checkpoint. The model comes out in OUTPUT/model.
 """
 
 import argparse
@@ -19,10 +20,16 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[3]
 MEASURED_STEPS = 30
 USED = 0.93  # of the time: the rest for measurements, checkpoints and the end
-REAL_TIMES = 4  # recorded speech counts as often: 2.5 h of it stand beside 25 h that are synthetic
+REAL_TIMES = {
+    "read": 3,
+    "prompts": 4,
+    "prompts-8khz": 4,
+    "carried-prompts": 4,
+}  # recorded speech counts as often beside what is synthetic
 OPTIONS = {
-    "vocab-size": 256, "batch-audio-s": 640, "learning-rate": 2e-3, "warmup-steps": 200, "freq-width": 20,
-    "time-masks": 6, "dropout": 0.05, "max-audio-s": 20, "export-dtype": "float16", "seed": 0, "log-steps": 10,
+    "vocab-size": 256, "batch-audio-s": 160, "micro-batch-audio-s": 160, "learning-rate": 2e-3, "warmup-steps": 300,
+    "precision": "bfloat16", "freq-width": 15, "time-masks": 4, "dropout": 0, "max-audio-s": 20,
+    "export-dtype": "float16", "seed": 0, "log-steps": 20,
 }  # fmt: skip
 
 
@@ -30,9 +37,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="with read.jsonl, prompts.jsonl, held-out.jsonl, ...")
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, required=True)
+    length = parser.add_mutually_exclusive_group(required=True)
+    length.add_argument("--minutes", type=float)
+    length.add_argument("--steps", type=int)
     parser.add_argument("--alone", action="store_true", help="in one process, without Ray")
     parser.add_argument("--model", help="a folder to start from, instead of random weights (see model.json)")
+    parser.add_argument("--without", type=Path, help="a manifest whose texts are left out of all inputs")
     parser.add_argument(
         "options", nargs="*", help="options of the job, behind --, which come before those of this file"
     )
@@ -41,22 +51,39 @@ def main() -> None:
     output = arguments.output.resolve()  # the job runs in the repository's root
     output.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "jobs.finetune_alone" if arguments.alone else "jobs.finetune"]
-    command += job_options(arguments.data, arguments.model, arguments.options)
+    inputs = training_inputs(arguments.data, arguments.without, output / "inputs")
+    command += job_options(inputs, arguments.data, arguments.model, arguments.options)
     steps_file = output / "steps.json"
     if not steps_file.exists():
-        steps = steps_in(arguments.minutes, command, output)
+        steps = arguments.steps or steps_in(arguments.minutes, command, output)
         steps_file.write_text(json.dumps(steps))
     steps = json.loads(steps_file.read_text())
-    command += ["--output", str(output), "--max-steps", str(steps["steps"])]
-    command += ["--validate-steps", str(steps["validate_steps"])]
+    command += ["--output", str(output), "--max-steps", str(steps)]
+    if "--validate-steps" not in arguments.options:
+        command += ["--validate-steps", str(max(1, steps // 8))]
     os.chdir(ROOT)
     os.execv(sys.executable, command)  # in the place of this process, so that signals reach the job
 
 
-def job_options(data: Path, model: str | None, given: list[str]) -> list[str]:
+def training_inputs(data: Path, without: Path | None, folder: Path) -> list[Path]:
+    """The manifests that are there, as often as they count; with `without`, copies in `folder` without its texts."""
+    names = [name for name, times in REAL_TIMES.items() for _ in range(times)]
+    inputs = [path for name in names if (path := data / f"{name}.jsonl").exists()] + sorted(
+        data.glob("synthetic*.jsonl")
+    )
+    if without is None:
+        return inputs
+    left_out = {json.loads(line)["text"] for line in without.read_text(encoding="utf-8").splitlines()}
+    folder.mkdir(exist_ok=True)
+    for path in set(inputs):
+        lines = path.read_text(encoding="utf-8").splitlines()
+        kept = [line for line in lines if json.loads(line)["text"] not in left_out]
+        (folder / path.name).write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    return [folder / path.name for path in inputs if (folder / path.name).stat().st_size]
+
+
+def job_options(inputs: list[Path], data: Path, model: str | None, given: list[str]) -> list[str]:
     """Inputs, the model to start from and options; those given win."""
-    inputs = [path for name in ("read", "prompts") for path in REAL_TIMES * [data / f"{name}.jsonl"]]
-    inputs += sorted(data.glob("synthetic*.jsonl"))
     command = ["--train", *(str(path.resolve()) for path in inputs)]
     command += ["--validation", str((data / "held-out.jsonl").resolve())]
     options = dict(OPTIONS)
@@ -70,8 +97,8 @@ def job_options(data: Path, model: str | None, given: list[str]) -> list[str]:
     return command + given
 
 
-def steps_in(minutes: float, command: list[str], output: Path) -> dict[str, int]:
-    """Optimiser steps, and steps between two measurements, that this machine does in the time.
+def steps_in(minutes: float, command: list[str], output: Path) -> int:
+    """Optimiser steps that this machine does in the time.
 
     The audio that the first run has prepared is kept for the next.
     """
@@ -86,7 +113,7 @@ def steps_in(minutes: float, command: list[str], output: Path) -> dict[str, int]
     (trial / "data").rename(output / "data")
     shutil.rmtree(trial)
     print(f"{step_s:.2f} s a step: {steps} steps in {minutes:g} minutes", file=sys.stderr, flush=True)
-    return {"steps": steps, "validate_steps": max(1, steps // 8)}
+    return steps
 
 
 if __name__ == "__main__":
