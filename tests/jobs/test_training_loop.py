@@ -43,13 +43,16 @@ class StopAfterCheckpoint(TrainingRun):
 
 
 def test_overfits_twenty_recordings_from_random_weights(tmp_path):
-    """Every clip of its training set by heart, by the exported model, read as any checkpoint is."""
+    """Every clip of its training set by heart, by the exported model, read as any checkpoint is.
+
+    In several batches an epoch: of a single one batch normalisation learns the padding too, and a letter stays wrong.
+    """
     manifest = prompt_manifest(tmp_path / "train.jsonl", 0, 20)
     same = prompt_manifest(tmp_path / "same.jsonl", 0, 20)
     sizes = {"d_model": 96, "n_layers": 4, "d_ff": 256, "subsampling_channels": 32, "scale_input": False}
     write_json(tmp_path / "config.json", hf_config(small_config(**sizes)))
     options = PLAIN | {"model_config": str(tmp_path / "config.json"), "vocab_size": 128}
-    options |= {"learning_rate": 3e-3, "warmup_steps": 20, "batch_audio_s": 60, "max_steps": 100}
+    options |= {"learning_rate": 3e-3, "warmup_steps": 20, "batch_audio_s": 30, "max_steps": 150}
     options |= {"validate_steps": 50, "log_steps": 10, "export_dtype": "float16"}
     run = train(training_config(manifest, same, tmp_path / "out", **options))
     assert run.progress.best_wer == 0
