@@ -205,6 +205,9 @@ def _pool(size: PoolSize, cpus: float, memory: int, calls: int = 1, start: int |
 
     With fewer waiting the pool would not grow: Ray Data adds an actor when there are 1.75 times as many shards in the
     actors as these work on (`actor_pool_util_upscaling_threshold`).
+
+    Args:
+        start: actors to begin with, the fewest by default.
     """
     return {
         "batch_size": 1,  # a shard, which is the block's only row; with GPUs Ray Data wants to be told

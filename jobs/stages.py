@@ -40,7 +40,7 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 KEPT_BLOCK_BYTES = 32 << 20  # larger blocks go back at once; the most that glibc takes
 KEPT_BYTES = 256 << 20  # what a model actor's states need and more
 # oneDNN keeps the code of a product for each shape, with its memory. Layers share theirs, batches hardly ever do: by
-# default (1024 of them) a model actor's half precision takes 300 MiB more, and is no faster.
+# default (1024 of them) a model actor's half precision takes 100 to 200 MiB more, and is no faster.
 CACHED_PRIMITIVES = "ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64"
 
 ITEM_FIELDS = [
