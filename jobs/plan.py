@@ -20,7 +20,7 @@ def dry_run(config: InputConfig, planned: PlannedItems | None = None) -> int:
     """Print what the job would be; returns the exit status.
 
     Args:
-        planned: what the output has planned already (`jobs.planning.store.planned_items`).
+        planned: what the output has planned already (`jobs.planning.item_digests.planned_items`).
 
     Raises:
         ConfigError: the input cannot be used.

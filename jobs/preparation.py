@@ -16,8 +16,10 @@ from jobs.config import TranscribeConfig
 from jobs.inputs.listing import resolve_input
 from jobs.inputs.scan import InputScan, scan_input
 from jobs.models import ModelReference, resolve_model
+from jobs.planning.generations import RACE, Generation, list_generations
+from jobs.planning.item_digests import planned_items
 from jobs.planning.shards import plan_shards
-from jobs.planning.store import RACE, Generation, list_generations, planned_items, read_plan, write_plan
+from jobs.planning.store import read_plan, write_plan
 from jobs.report.progress import Tally, hours
 from jobs.report.receipt import Receipt, merge_tallies
 from jobs.resume import account_earlier

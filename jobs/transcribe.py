@@ -23,7 +23,8 @@ from jobs.config import TranscribeConfig
 from jobs.metrics import JobMetrics
 from jobs.pipeline import LOST_WORKER_RETRIES, Resources, plan_resources, run_shards
 from jobs.plan import dry_run
-from jobs.planning.store import list_generations, planned_items
+from jobs.planning.generations import list_generations
+from jobs.planning.item_digests import planned_items
 from jobs.preparation import Run, identify, prepare
 from jobs.ray_session import ray_session
 from jobs.report.page import write_report

@@ -119,7 +119,7 @@ def plan_shards(
 
     Args:
         batches: of `PLAN_SCHEMA`, e.g. `InputScan.batches()`.
-        planned: what earlier generations hold (`store.planned_items`).
+        planned: what earlier generations hold (`item_digests.planned_items`).
     """
     spill = tempfile.TemporaryDirectory(prefix="parakeet-plan-")
     planned = planned or PlannedItems()

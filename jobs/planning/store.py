@@ -1,37 +1,33 @@
 """Plans on storage: immutable generations under `plan/`, committed by their small JSON file, which is written last.
 
-    plan/plan-0000-1f2e3d4c-00000.parquet   rows of 256 shards, one row group per shard
-    plan/plan-0000-1f2e3d4c-shards.parquet  one row per shard: what the driver reads
-    plan/plan-0000.json                     the commit point: counts, fingerprint, names of the files above
+    plan/plan-0000-1f2e3d4c-00000.parquet        rows of 256 shards, one row group per shard
+    plan/plan-0000-1f2e3d4c-items-00000.parquet  digests of the items' ids (jobs.planning.item_digests)
+    plan/plan-0000-1f2e3d4c-shards.parquet       one row per shard: what the driver reads
+    plan/plan-0000.json                          the commit point: counts, fingerprint, names of the files above
 
 The names hold the plan's fingerprint, and so do the names of its shards and of their parts: two drivers that plan at
 once cannot mix theirs; the JSON file decides.
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from jobs.inputs.plan_rows import PLACE_COLUMNS, PLAN_SCHEMA, digest_places, digest_strings
+from jobs.inputs.plan_rows import PLAN_SCHEMA
 from jobs.planning.facts import read_spill
-from jobs.planning.planned_items import PlannedItems, contains
+from jobs.planning.generations import FOLDER, PLAN_FORMAT, RACE, Generation, generation_name, read_generation
+from jobs.planning.item_digests import item_files
 from jobs.planning.shards import Plan
 from jobs.storage.files import Storage
 from parakeet_core.errors import ConfigError, ErrorKind, InputError
 
-FOLDER = "plan"
 SHARDS_PER_FILE = 256  # a worker reads the footer of its plan file: about 200 KB at 256 row groups of 15 columns
 BUCKET_ROWS = 400_000  # rows sorted in memory at once while plan files are written, about 100 MB
-PLAN_FORMAT = 2  # of the files described above
 PLAN_DIGITS = 8  # of a plan's fingerprint, in names
-READ_THREADS = 8  # plan files read at a time: each is a few requests of 20-100 ms on an object store
-RACE = "another run has begun this output at the same moment; this one has written no transcript: run it again"
 SHARD_SCHEMA = pa.schema(
     [
         pa.field("shard", pa.string(), nullable=False),  # "0000-000012-1f2e3d4c": generation, number, plan
@@ -44,60 +40,8 @@ SHARD_SCHEMA = pa.schema(
 )
 
 
-@dataclass(frozen=True)
-class Generation:
-    """What `plan-{g}.json` says."""
-
-    generation: int
-    fingerprint: str
-    shards: int
-    rows: int
-    items: int
-    exact: bool
-    audio_s: float
-    rejected: int
-    duplicates: int
-    shard_audio_s: float
-    shards_file: str
-    files: tuple[str, ...]
-    options: dict
-
-
 def shard_name(generation: int, index: int, fingerprint: str) -> str:
     return f"{generation:04d}-{index:06d}-{fingerprint[:PLAN_DIGITS]}"
-
-
-def generation_name(generation: int) -> str:
-    return f"plan-{generation:04d}.json"
-
-
-def list_generations(storage: Storage) -> list[Generation]:
-    """The committed generations, in order.
-
-    Raises:
-        ConfigError: a generation is missing, or written by another version.
-    """
-    names = [name for name in storage.list_names(FOLDER) if name.endswith(".json")]
-    # Some stores list a new object only after a while, and a plan taken for missing would be a job with nothing to do.
-    # So the name that comes next is asked for, which they answer rightly.
-    while (following := generation_name(len(names))) not in names and storage.exists(f"{FOLDER}/{following}"):
-        names.append(following)
-    found = [_read_generation(storage, name) for name in names]
-    found.sort(key=lambda generation: generation.generation)
-    if [generation.generation for generation in found] != list(range(len(found))):
-        raise ConfigError(f"{storage.url}/{FOLDER}: found {names}; expected generations from 0 without a gap")
-    return found
-
-
-def _read_generation(storage: Storage, name: str) -> Generation:
-    try:
-        record = json.loads(storage.read_bytes(f"{FOLDER}/{name}"))
-        version = record.pop("plan_format")
-        if version != PLAN_FORMAT:
-            raise ConfigError(f"{storage.url}/{FOLDER}/{name}: plan format {version}, expected {PLAN_FORMAT}")
-        return Generation(**record | {"files": tuple(record["files"])})
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{storage.url}/{FOLDER}/{name}: not a plan of this program ({error})") from error
 
 
 def read_plan(storage: Storage, generations: Sequence[Generation]) -> pa.Table:
@@ -115,45 +59,6 @@ def read_shard(storage: Storage, plan_file: str, row_group: int) -> pa.Table:
         return pq.ParquetFile(file).read_row_group(row_group).cast(PLAN_SCHEMA)
 
 
-def planned_items(storage: Storage, generations: Sequence[Generation]) -> PlannedItems:
-    """What the generations hold; 16 bytes per item in memory."""
-
-    def names(batch: pa.RecordBatch) -> tuple[np.ndarray, ...]:
-        renamed = pc.is_valid(batch["given_id"])
-        columns = batch["id"].filter(pc.invert(renamed)), batch["given_id"].filter(renamed), batch["id"].filter(renamed)
-        return tuple(digest_strings(column) for column in columns)
-
-    def places(digests: np.ndarray) -> tuple[np.ndarray, ...]:
-        def wanted(batch: pa.RecordBatch) -> tuple[np.ndarray, ...]:
-            digest = digest_strings(pc.coalesce(batch["given_id"], batch["id"]))
-            chosen = contains(digests, digest)
-            return digest[chosen], digest_places(batch.filter(pa.array(chosen)))
-
-        return _gather(storage, generations, ["given_id", "id", *PLACE_COLUMNS], wanted)
-
-    if not generations:
-        return PlannedItems()
-    return PlannedItems(*_gather(storage, generations, ["id", "given_id"], names), places)
-
-
-def _gather(
-    storage: Storage,
-    generations: Sequence[Generation],
-    columns: list[str],
-    arrays_of: Callable[[pa.RecordBatch], tuple[np.ndarray, ...]],
-) -> tuple[np.ndarray, ...]:
-    """The arrays of every batch of every plan file, in order, joined."""
-
-    def read(name: str) -> list[tuple[np.ndarray, ...]]:
-        with storage.open(f"{FOLDER}/{name}") as file:
-            return [arrays_of(batch) for batch in pq.ParquetFile(file).iter_batches(1 << 16, columns=columns)]
-
-    files = [name for generation in generations for name in generation.files]
-    with ThreadPoolExecutor(READ_THREADS) as pool:
-        found = [arrays for arrays_of_file in pool.map(read, files) for arrays in arrays_of_file]
-    return tuple(np.concatenate(column) for column in zip(*found, strict=True))
-
-
 def write_plan(storage: Storage, plan: Plan, options: dict | None = None) -> Generation:
     """Store a plan as its generation. Stopped before its last write, it leaves no generation behind.
 
@@ -168,11 +73,15 @@ def write_plan(storage: Storage, plan: Plan, options: dict | None = None) -> Gen
     """
     if not plan.shards:
         raise ConfigError("the plan has no shards: nothing in the input is new")
-    stem = f"plan-{plan.generation:04d}-{plan.fingerprint[:8]}"
+    stem = f"plan-{plan.generation:04d}-{plan.fingerprint[:PLAN_DIGITS]}"
     files = []
     for chunk, data in plan_files(plan):
         files.append(f"{stem}-{chunk:05d}.parquet")
         storage.write_atomic(f"{FOLDER}/{files[-1]}", data)
+    items_files = []
+    for number, data in enumerate(item_files(plan)):
+        items_files.append(f"{stem}-items-{number:05d}.parquet")
+        storage.write_atomic(f"{FOLDER}/{items_files[-1]}", data)
     shards_file = f"{stem}-shards.parquet"
     storage.write_atomic(f"{FOLDER}/{shards_file}", _parquet_bytes(shard_table(plan, files)))
     generation = Generation(
@@ -188,13 +97,14 @@ def write_plan(storage: Storage, plan: Plan, options: dict | None = None) -> Gen
         shard_audio_s=plan.shard_audio_s,
         shards_file=shards_file,
         files=tuple(files),
+        items_files=tuple(items_files),
         options=options or {},
     )
     name = f"{FOLDER}/{generation_name(plan.generation)}"
     record = {"plan_format": PLAN_FORMAT, **vars(generation)}
     storage.write_atomic(name, json.dumps(record, indent=1, sort_keys=True).encode(), exclusive=True)
     try:  # not every server honours `exclusive`: what holds?
-        return _read_generation(storage, name.removeprefix(f"{FOLDER}/"))
+        return read_generation(storage, name.removeprefix(f"{FOLDER}/"))
     except InputError as error:
         if error.kind != ErrorKind.MISSING_OBJECT:
             raise
@@ -283,4 +193,4 @@ def _parquet_bytes(table: pa.Table, edges: np.ndarray | None = None) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
-__all__ = ["SHARD_SCHEMA", "Generation", "list_generations", "planned_items", "read_plan", "read_shard", "write_plan"]
+__all__ = ["SHARD_SCHEMA", "read_plan", "read_shard", "write_plan"]

@@ -14,15 +14,22 @@ import pyarrow.compute as pc
 
 from jobs.inputs.plan_rows import digest_places, digest_strings
 from jobs.planning.facts import RowFacts, read_spill
-from jobs.planning.planned_items import PlannedItems, contains, sort_digests
+from jobs.planning.planned_items import NO_DIGESTS, PlannedItems, contains, sort_digests
 
 
 @dataclass
 class Renamed:
-    """Rows whose id was not the first of its name: row numbers, ascending int64 [R], and their new ids."""
+    """Rows whose id was not the first of its name.
+
+    Attributes:
+        rows: their numbers, ascending, int64 [R].
+        ids: the new ones.
+        given: uint64 [R, 2], digests of what the input calls them.
+    """
 
     rows: np.ndarray
     ids: pa.Array
+    given: np.ndarray
 
     def mask(self, first: int, length: int) -> pa.Array:
         """Which of the rows from `first` on have a new id."""
@@ -79,7 +86,7 @@ def make_unique(facts: RowFacts, new: np.ndarray, folder: str, planned: PlannedI
     Args:
         new: bool [N], of `find_new`.
     """
-    renamed = Renamed(np.empty(0, np.int64), pa.array([], pa.string()))
+    renamed = Renamed(np.empty(0, np.int64), pa.array([], pa.string()), NO_DIGESTS)
     everything = bool(new.all())
     numbers = None if everything else np.flatnonzero(new)
     earlier = np.concatenate([planned.plain, planned.given]) if len(planned.given) else planned.plain
@@ -94,18 +101,21 @@ def make_unique(facts: RowFacts, new: np.ndarray, folder: str, planned: PlannedI
         ids = pc.binary_join_element_wise(
             _ids_of(rows, renamed, folder), pc.cast(pa.array(occurrence), pa.string()), "~"
         )
+        renamed = _merge(renamed, Renamed(rows, ids, facts.digest[rows]))
         facts.digest[rows] = digest_strings(ids)
-        renamed = _merge(renamed, rows, ids)
         if len(planned.given):  # from now on it counts what ids the plan has made, not what it was given
             earlier = np.concatenate([planned.plain, planned.names])
 
 
-def _merge(renamed: Renamed, rows: np.ndarray, ids: pa.Array) -> Renamed:
-    kept = ~np.isin(renamed.rows, rows)
-    merged = np.concatenate([renamed.rows[kept], rows])
-    order = np.argsort(merged)
-    joined = pa.concat_arrays([renamed.ids.filter(pa.array(kept)), ids])
-    return Renamed(merged[order], joined.take(pa.array(order)))
+def _merge(before: Renamed, now: Renamed) -> Renamed:
+    """Both. Of rows in both the newer id holds, and the older `given`: the other is of an id that was made here."""
+    _, again, where = np.intersect1d(now.rows, before.rows, return_indices=True)
+    now.given[again] = before.given[where]
+    kept = ~np.isin(before.rows, now.rows)
+    rows = np.concatenate([before.rows[kept], now.rows])
+    order = np.argsort(rows)
+    ids = pa.concat_arrays([before.ids.filter(pa.array(kept)), now.ids])
+    return Renamed(rows[order], ids.take(pa.array(order)), np.concatenate([before.given[kept], now.given])[order])
 
 
 def repeated_rows(digest: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -9,7 +9,7 @@ import json
 import time
 from dataclasses import dataclass
 
-from jobs.planning.store import RACE, Generation, list_generations
+from jobs.planning.generations import RACE, Generation, list_generations
 from jobs.storage.files import Storage
 from jobs.table.schema import SCHEMA_VERSION
 from parakeet_core.errors import ConfigError

@@ -22,7 +22,9 @@ from jobs.table.shard_names import unpack_shards
 from parakeet_core.errors import ConfigError
 
 TABLE_FOLDER = "transcripts"
-LIST_SPAN = 4000  # parts listed one after the other; more are listed in ranges at a time, as pages of 1000 are slow
+LIST_SPAN = (
+    3990  # parts listed one after the other; more are listed in ranges at a time: four pages of 1000 and not five
+)
 FOOTER_THREADS = 32  # requests for footers at a time; each waits 20-100 ms on an object store
 PART_NAME = re.compile(r"^part-(?P<shard>\d{4}-\d{6}-[0-9a-f]+)-(?P<fingerprint>[0-9a-f]+)\.parquet$")
 MERGED_NAME = re.compile(r"^merged-[0-9a-f]+-(?P<fingerprint>[0-9a-f]+)\.parquet$")
@@ -56,14 +58,18 @@ def part_name(shard: str, fingerprint: str) -> str:
     return f"{TABLE_FOLDER}/part-{shard}-{fingerprint}.parquet"
 
 
+def listing_edges(planned: set[str]) -> list[str]:
+    """Names that cut the listing of a table into ranges of `LIST_SPAN` parts."""
+    return [f"part-{shard}" for shard in sorted(planned)[LIST_SPAN::LIST_SPAN]]
+
+
 def find_committed(output: Storage, fingerprint: str, planned: set[str]) -> Committed:
     """The files of the table; one listing, and the footers of merged files. No part is opened.
 
     Raises:
         ConfigError: the table's folder holds files of another origin.
     """
-    edges = sorted(planned)[LIST_SPAN::LIST_SPAN]
-    names = output.list_names(TABLE_FOLDER, [f"part-{shard}" for shard in edges])
+    names = output.list_names(TABLE_FOLDER, listing_edges(planned))
     merged = [name for name in names if (found := MERGED_NAME.match(name)) and found["fingerprint"] == fingerprint]
     files = {name: _merged_shards(output, name, footer) for name, footer in read_footers(output, merged).items()}
     for name in names:

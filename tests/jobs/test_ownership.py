@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jobs.inputs.plan_rows import plan_batch
+from jobs.planning.generations import list_generations
 from jobs.planning.shards import PlanOptions, plan_shards
-from jobs.planning.store import list_generations, write_plan
+from jobs.planning.store import write_plan
 from jobs.storage.files import Storage
 from jobs.table.ownership import JOB_FILE, JobIdentity, claim_output
 from jobs.table.shard_names import pack_shards, unpack_shards

@@ -20,9 +20,11 @@ from job_samples import SHARED_SPEECH, audio_bytes, jsonl, tar_bytes
 from jobs.inputs.plan_rows import digest_strings, plan_batch
 from jobs.inputs.scan import InputOptions, scan_input
 from jobs.planning.description import describe_plan
+from jobs.planning.generations import list_generations
+from jobs.planning.item_digests import planned_items
 from jobs.planning.planned_items import PlannedItems, contains, sort_digests
 from jobs.planning.shards import PlanOptions, plan_shards
-from jobs.planning.store import list_generations, planned_items, read_plan, read_shard, write_plan
+from jobs.planning.store import read_plan, read_shard, write_plan
 from jobs.storage.files import Storage
 from parakeet_core.errors import ConfigError
 
@@ -67,7 +69,7 @@ def test_the_order_of_the_listing_does_not_enter(tmp_path):
             write_plan(storage, plan)
         stored.append(stored_files(storage))
     assert stored[0] == stored[1] == stored[2]
-    assert len(stored[0]) == 3
+    assert len(stored[0]) == 4
 
 
 def test_every_row_is_in_one_shard_and_shards_hold_their_limits(storage):
@@ -241,6 +243,27 @@ def test_many_plan_files_and_buckets_hold_every_row(tmp_path, monkeypatch):
     assert sorted(x for ids in stored for x in ids) == sorted(row["id"] for row in rows)
     last = read_plan(storage, list_generations(storage)).to_pylist()[-1]
     assert len(read_shard(storage, last["plan_file"], last["row_group"])) == last["rows"]
+
+
+def test_stored_digests_are_those_of_the_rows_of_every_generation(tmp_path, monkeypatch):
+    monkeypatch.setattr("jobs.planning.item_digests.ITEMS_PER_FILE", 50)
+    storage = Storage(str(tmp_path))
+    rows = [row | {"id": f"{n % 90}"} for n, row in enumerate(known_rows(301))]
+    rows[150]["id"] = "7~2"  # which row 97 gets, and so this one is renamed twice, or that one is
+    for generation, count in enumerate((170, 301)):
+        known = stored_items(storage)
+        with plan_shards(batches_of(rows[:count]), PlanOptions(shard_audio_s=60), known, generation) as plan:
+            assert len(write_plan(storage, plan).items_files) > 2
+    found, stored = stored_items(storage), all_rows(storage)
+    own = [row["id"] for row in stored if row["given_id"] is None]
+    renamed = [row for row in stored if row["given_id"] is not None]
+    assert len(found) == len(stored) == 301
+    assert found.plain.tolist() == sort_digests(digest_strings(pa.array(own))).tolist()
+    assert found.repeats(digest_strings(pa.array([row["given_id"] for row in renamed]))).all()
+    assert found.named(digest_strings(pa.array([row["id"] for row in stored]))).all()
+    strangers = digest_strings(pa.array([f"{n}" for n in range(90, 200)]))
+    assert not found.holds(strangers).any()
+    assert not found.named(strangers).any()
 
 
 def test_bad_options_are_refused():

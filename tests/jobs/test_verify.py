@@ -10,7 +10,8 @@ from job_layouts import TINY_EN, job_config, part_bytes, read_table
 from safetensors.torch import load_file, save_file
 
 from jobs.models import resolve_model
-from jobs.planning.store import SHARD_SCHEMA, list_generations, read_plan
+from jobs.planning.generations import list_generations
+from jobs.planning.store import SHARD_SCHEMA, read_plan
 from jobs.storage.connections import DEFAULT_OPTIONS
 from jobs.storage.files import Storage
 from jobs.table.parts import find_committed
