@@ -14,6 +14,7 @@ import numpy as np
 import tyro
 
 from jobs.fleet import Fleet, FleetRun, simulate_run
+from jobs.planning.item_digests import ITEMS_PER_FILE
 from jobs.planning.shards import AUTO_MAX_S, AUTO_MIN_S, AUTO_SHARDS, SHARD_BYTES, SHARD_ITEMS
 from jobs.planning.sizing import SAMPLE_PER_KIND, SAMPLED_CONTAINERS
 from jobs.planning.store import SHARDS_PER_FILE
@@ -144,7 +145,7 @@ def count_requests(plan: PlanForecast, config: ForecastConfig, wall_s: float) ->
         "get plan rows": plan.shards * READS_PER_FILE,
         "get report": min(plan.shards, MAX_PARTS) * READS_PER_FILE,
         "put parts": plan.shards,
-        "put plan": math.ceil(plan.shards / SHARDS_PER_FILE) + 2,
+        "put plan": math.ceil(plan.shards / SHARDS_PER_FILE) + math.ceil(plan.files / ITEMS_PER_FILE) + 2,
         "put events": math.ceil(wall_s / EVENTS_EVERY_S),
         "list input": math.ceil(plan.files / PAGE_KEYS),
         "list parts": math.ceil(plan.shards / PAGE_KEYS),

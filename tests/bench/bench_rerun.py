@@ -32,6 +32,7 @@ from jobs.models import resolve_model  # noqa: E402
 from jobs.planning.generations import list_generations  # noqa: E402
 from jobs.planning.store import read_plan  # noqa: E402
 from jobs.preparation import Run, identify, prepare  # noqa: E402
+from jobs.resume import account_earlier  # noqa: E402
 from jobs.storage.files import Storage  # noqa: E402
 from jobs.table.ownership import claim_output  # noqa: E402
 from jobs.table.parts import TABLE_FOLDER, commit_part, listing_edges, part_name  # noqa: E402
@@ -58,7 +59,10 @@ def main() -> None:
             make_bucket(bucket)
             bucket.write_atomic("items.jsonl", manifest(options.parts))
             timed("plan", proxy, lambda: prepare(config))
-            parts = write_parts(claim(config), folder)
+            state = claim(config)
+            parts = write_parts(state, folder)
+            if not options.footers:
+                write_receipt(state, folder)
             if options.server == "rclone":
                 parts.rename(server.folder / "bucket/out" / parts.name)
             else:
@@ -66,9 +70,6 @@ def main() -> None:
         with job_on(options.server, folder) as (_, proxy, config):  # started anew: rclone keeps what it has listed
             state = claim(config)
             timed("listing of the table alone", proxy, lambda: state.output.list_names(TABLE_FOLDER, edges(state)))
-            if not options.footers:
-                state.account()
-                state.write_receipt()
             first = ("without a receipt, so every footer",) if options.footers else ()
             for name in (*first, "rerun", "rerun"):
                 timed(name, proxy, lambda: run(config))
@@ -142,6 +143,14 @@ def write_parts(state: Run, folder: Path) -> Path:
         else:
             shutil.copy(local.path(names[0]), local.path(name))
     return folder / TABLE_FOLDER
+
+
+def write_receipt(state: Run, folder: Path) -> None:
+    """The one of a run that has written the parts in `folder`: their footers are read there, not from the server."""
+    planned = set(state.shards["shard"].to_pylist())
+    earlier = account_earlier(Storage(str(folder)), state.fingerprint, planned, retry_errors=False)
+    state.committed, state.before = earlier.shards, earlier.tally
+    state.write_receipt()
 
 
 def timed(name: str, proxy: FaultProxy, call: Callable[[], object]) -> None:
