@@ -27,17 +27,17 @@ from pathlib import Path
 
 import tyro
 
+from jobs.command_line import JobStoppedError, exit_status
 from jobs.config import StorageConfig
 from jobs.report.progress import Tally
 from jobs.report.receipt import RECEIPT_FILE, EventLog
-from jobs.storage.connections import scrub
 from jobs.storage.files import TEMPORARY_FOLDER, Storage
 from jobs.table.folder_swap import recover_folder, swap_folder
 from jobs.table.merging import merge_parts
 from jobs.table.parts import TABLE_FOLDER, Footer, find_committed, read_footers
 from jobs.table.schema import METADATA_PREFIX, PartFacts, file_metadata
 from jobs.table.shard_names import pack_shards, unpack_shards
-from parakeet_core.errors import RETRYABLE_KINDS, ConfigError, InputError, ParakeetError
+from parakeet_core.errors import RETRYABLE_KINDS, ConfigError
 
 COMPACTED_FOLDER = "compacted"
 VERSION_DIGITS = 12
@@ -269,17 +269,14 @@ def _remove(output: Storage, names: Sequence[str]) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status: 0 done, 2 refused, 1 stopped in the middle."""
+    return exit_status(lambda: _main(arguments))
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     try:
         done = compact(tyro.cli(CompactConfig, args=arguments, prog="python -m jobs.compact"))
-    except InputError as error:
-        print(f"stopped: {error}; run the same command again", file=sys.stderr)
-        return 1
     except OSError as error:  # of the local disk that parts are sorted on
-        print(f"stopped: {error}; give TMPDIR more room and run the same command again", file=sys.stderr)
-        return 1
-    except ParakeetError as error:
-        print(f"error: {scrub(str(error))}", file=sys.stderr)
-        return 2
+        raise JobStoppedError(f"{error}; give TMPDIR more room and run the same command again") from error
     said = f"{done.merged} files made of small parts" if done.merged else "nothing to do"
     print(f"{said}; the table is {done.files} files in {done.folder}")
     return 0

@@ -7,7 +7,6 @@ resumes from the last checkpoint).
 """
 
 import functools
-import signal
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -18,8 +17,9 @@ import ray.train
 import tyro
 from ray.train.torch import TorchTrainer
 
+from jobs.command_line import JobStoppedError, exit_status, interrupt_on_sigterm
 from jobs.models import ModelReference, resolve_model
-from jobs.ray_session import quiet_ray_train, ray_session
+from jobs.ray_session import quiet_ray_train, ray_session, root_cause
 from jobs.storage.connections import scrub
 from jobs.storage.files import Storage
 from jobs.training.checkpoint import read_progress
@@ -29,9 +29,8 @@ from jobs.training.loop import TrainingTask, train_worker
 from jobs.training.report import write_training_report
 from jobs.training.result import RESUME_HINT, FinetuneResult, following, read_result, summarise
 from jobs.training.setup import architecture, claim_output, make_task, split_shards
-from jobs.transcribe import EXIT_REFUSED, EXIT_STOPPED, JobStoppedError, root_cause
 from parakeet_core.config import EncoderConfig, FrontendConfig
-from parakeet_core.errors import InputError, ParakeetError, WorkerError
+from parakeet_core.errors import InputError, WorkerError
 
 MAX_CPUS_PER_GPU = 8  # audio is decoded beforehand, and features are made at some thousand times real time per thread
 
@@ -130,25 +129,14 @@ def _cause(error: BaseException) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    try:
-        config = tyro.cli(FinetuneConfig, args=arguments, prog="python -m jobs.finetune")
-        signal.signal(signal.SIGTERM, _stop)
-        print(summarise(run(config), config.output))
-        return 0
-    except JobStoppedError as error:
-        print(f"stopped: {error}", file=sys.stderr)
-        return EXIT_STOPPED
-    except KeyboardInterrupt:
-        print(f"stopped: interrupted; {RESUME_HINT}", file=sys.stderr)
-        return EXIT_STOPPED
-    except ParakeetError as error:
-        print(f"error: {scrub(str(error))}", file=sys.stderr)
-        return EXIT_REFUSED
+    return exit_status(lambda: _main(arguments), RESUME_HINT)
 
 
-def _stop(signal_number: int, frame) -> None:
-    """SIGTERM, as a spot node's notice or `ray job stop` sends it: end as an interrupt does."""
-    raise KeyboardInterrupt
+def _main(arguments: Sequence[str] | None) -> int:
+    config = tyro.cli(FinetuneConfig, args=arguments, prog="python -m jobs.finetune")
+    interrupt_on_sigterm(f"SIGTERM: {RESUME_HINT}")
+    print(summarise(run(config), config.output))
+    return 0
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ other has begun. One GPU at most.
 """
 
 import os
-import signal
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,8 +14,8 @@ import pyarrow as pa
 import torch
 import tyro
 
+from jobs.command_line import exit_status, interrupt_on_sigterm
 from jobs.models import resolve_model
-from jobs.storage.connections import scrub
 from jobs.storage.files import Storage
 from jobs.training.checkpoint import read_progress
 from jobs.training.config import FinetuneConfig
@@ -25,9 +24,7 @@ from jobs.training.loop import TrainingRun
 from jobs.training.report import write_training_report
 from jobs.training.result import RESUME_HINT, FinetuneResult, following, read_result, summarise
 from jobs.training.setup import architecture, claim_output, make_task, split_shards
-from parakeet_core.errors import ConfigError, InputError, ParakeetError
-
-EXIT_STOPPED, EXIT_REFUSED = 1, 2  # as of jobs.finetune
+from parakeet_core.errors import ConfigError
 
 
 def run(config: FinetuneConfig) -> FinetuneResult:
@@ -83,24 +80,14 @@ def prepare_here(split: str, config: FinetuneConfig, output: Storage, sample_rat
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status, which is that of jobs.finetune."""
-    try:
-        config = tyro.cli(FinetuneConfig, args=arguments, prog="python -m jobs.finetune_alone")
-        signal.signal(signal.SIGTERM, _stop)
-        print(summarise(run(config), config.output))
-        return 0
-    except KeyboardInterrupt:
-        print(f"stopped: interrupted; {RESUME_HINT}", file=sys.stderr)
-        return EXIT_STOPPED
-    except InputError as error:
-        print(f"stopped: {scrub(error.message)}; {RESUME_HINT}", file=sys.stderr)
-        return EXIT_STOPPED
-    except ParakeetError as error:
-        print(f"error: {scrub(str(error))}", file=sys.stderr)
-        return EXIT_REFUSED
+    return exit_status(lambda: _main(arguments), RESUME_HINT)
 
 
-def _stop(signal_number: int, frame) -> None:
-    raise KeyboardInterrupt
+def _main(arguments: Sequence[str] | None) -> int:
+    config = tyro.cli(FinetuneConfig, args=arguments, prog="python -m jobs.finetune_alone")
+    interrupt_on_sigterm(f"SIGTERM: {RESUME_HINT}")
+    print(summarise(run(config), config.output))
+    return 0
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import tyro
 
+from jobs.command_line import exit_status
 from jobs.fleet import Fleet, FleetRun, simulate_run
 from jobs.planning.item_digests import ITEMS_PER_FILE
 from jobs.planning.shards import AUTO_MAX_S, AUTO_MIN_S, AUTO_SHARDS, SHARD_BYTES, SHARD_ITEMS
@@ -22,7 +23,7 @@ from jobs.report.progress import clock
 from jobs.report.receipt import EVENTS_EVERY_S
 from jobs.report.stats import MAX_PARTS
 from jobs.sources.reader import STREAM_BLOCK_BYTES
-from parakeet_core.errors import ConfigError, ParakeetError
+from parakeet_core.errors import ConfigError
 
 PAGE_KEYS = 1000  # names in one answer to a list request
 PAGE_S = 0.15  # seconds for it on S3; 0.1 to 0.3 are usual
@@ -195,14 +196,14 @@ def advice(config: ForecastConfig, plan: PlanForecast, run: FleetRun) -> list[st
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    try:
-        config = tyro.cli(ForecastConfig, args=arguments, prog="python -m jobs.forecast")
-        plan = forecast_plan(config)
-        print("\n".join(describe(config, plan, simulate_run(plan.shard_audio_s, config.fleet()))))
-        return 0
-    except ParakeetError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return exit_status(lambda: _main(arguments))
+
+
+def _main(arguments: Sequence[str] | None) -> int:
+    config = tyro.cli(ForecastConfig, args=arguments, prog="python -m jobs.forecast")
+    plan = forecast_plan(config)
+    print("\n".join(describe(config, plan, simulate_run(plan.shard_audio_s, config.fleet()))))
+    return 0
 
 
 if __name__ == "__main__":

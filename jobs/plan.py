@@ -5,15 +5,12 @@ from collections.abc import Sequence
 
 import tyro
 
+from jobs.command_line import exit_status
 from jobs.config import InputConfig
 from jobs.inputs.scan import scan_input
 from jobs.planning.description import describe_plan
 from jobs.planning.planned_items import PlannedItems
 from jobs.planning.shards import plan_shards
-from jobs.storage.connections import scrub
-from parakeet_core.errors import ParakeetError
-
-EXIT_REFUSED = 2
 
 
 def dry_run(config: InputConfig, planned: PlannedItems | None = None) -> int:
@@ -36,11 +33,7 @@ def dry_run(config: InputConfig, planned: PlannedItems | None = None) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    try:
-        return dry_run(tyro.cli(InputConfig, args=arguments, prog="python -m jobs.plan"))
-    except ParakeetError as error:
-        print(f"error: {scrub(str(error))}", file=sys.stderr)
-        return EXIT_REFUSED
+    return exit_status(lambda: dry_run(tyro.cli(InputConfig, args=arguments, prog="python -m jobs.plan")))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import signal
 import socket
 import sys
@@ -19,6 +20,7 @@ from parakeet_core.errors import ConfigError, WorkerError
 RAY_ADDRESS = "RAY_ADDRESS"  # set by `ray job submit` for the job's entry point
 HEAD_PATIENCE_S = 15.0  # for the port of a cluster's head to open; a head that is starting takes 7 to 14 s
 CONNECT_S = 5.0  # for one try
+_RAISED = re.compile(r"^[A-Za-z_][\w.]*: .+$", re.MULTILINE)  # the line of a traceback that names the exception
 
 
 @contextmanager
@@ -138,3 +140,15 @@ def quiet_ray_train() -> None:
     for name in ("RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING", "RAY_TRAIN_ENABLE_WORKER_STRUCTURED_LOGGING"):
         os.environ.setdefault(name, "0")
     logging.getLogger("ray.train").setLevel(logging.ERROR)
+
+
+def root_cause(error: BaseException) -> str:
+    """What went wrong at the bottom of a chain of wrapped exceptions, in one line."""
+    if not isinstance(error, ray.exceptions.RayError):
+        return str(error).partition("\n")[0] or type(error).__name__
+    # Ray hands the exceptions of an actor over as a printed traceback, with advice of its own as the last one.
+    raised = [found for found in _RAISED.findall(str(error)) if not found.startswith("ray.exceptions.")]
+    ours = [found for found in raised if found.startswith("parakeet_core.errors.")]
+    if ours:
+        return ours[-1].partition(": ")[2]
+    return (raised or [str(error).strip().splitlines()[-1]])[-1]

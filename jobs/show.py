@@ -10,9 +10,10 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from jobs.command_line import exit_status
 from jobs.storage.files import Storage
 from jobs.table.parts import TABLE_FOLDER
-from parakeet_core.errors import ParakeetError
+from parakeet_core.errors import ConfigError
 
 COLUMNS = ["id", "status", "duration_s", "text", "reference", "wer", "confidence", "error_message"]
 
@@ -29,16 +30,15 @@ class ShowConfig:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
+    return exit_status(lambda: _main(arguments))
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     config = tyro.cli(ShowConfig, args=arguments, prog="python -m jobs.show")
-    try:
-        output = Storage(config.output)
-        parts = [output.path(f"{TABLE_FOLDER}/{name}") for name in output.list_names(TABLE_FOLDER)]
-    except ParakeetError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    output = Storage(config.output)
+    parts = [output.path(f"{TABLE_FOLDER}/{name}") for name in output.list_names(TABLE_FOLDER)]
     if not parts:
-        print(f"error: {config.output}/{TABLE_FOLDER}: no parts; has the job run?", file=sys.stderr)
-        return 2
+        raise ConfigError(f"{config.output}/{TABLE_FOLDER}: no parts; has the job run?")
     rows = ds.dataset(parts, format="parquet", filesystem=output.fs).head(config.limit, columns=COLUMNS)
     table = Table("id", "s", "text", "reference", "WER", "conf.", show_lines=False)
     for row in rows.sort_by("id").to_pylist():

@@ -5,9 +5,6 @@ before any work; 1 stopped in the middle, or Ray did not start (the same command
 """
 
 import json
-import os
-import re
-import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +16,7 @@ import ray
 import tyro
 
 import parakeet_core
+from jobs.command_line import JobStoppedError, exit_status, interrupt_on_sigterm
 from jobs.config import TranscribeConfig
 from jobs.metrics import JobMetrics
 from jobs.pipeline import LOST_WORKER_RETRIES, Resources, plan_resources, run_shards
@@ -26,7 +24,7 @@ from jobs.plan import dry_run
 from jobs.planning.generations import list_generations
 from jobs.planning.item_digests import planned_items
 from jobs.preparation import Run, identify, prepare
-from jobs.ray_session import ray_session
+from jobs.ray_session import ray_session, root_cause
 from jobs.report.page import write_report
 from jobs.report.progress import ProgressDisplay
 from jobs.report.receipt import EventLog, Receipt, add_to_receipt, summarise
@@ -37,17 +35,9 @@ from jobs.table.parts import find_committed
 from jobs.table.schema import PartFacts
 from jobs.verify import verify_table
 from parakeet_core.checkpoint import DTYPES
-from parakeet_core.errors import ConfigError, InputError, ParakeetError, WorkerError
+from parakeet_core.errors import ConfigError, InputError
 
-EXIT_STOPPED, EXIT_REFUSED = 1, 2
 RESUME_HINT = "run the same command again to resume; committed parts are kept and not computed again"
-
-
-_RAISED = re.compile(r"^[A-Za-z_][\w.]*: .+$", re.MULTILINE)  # the line of a traceback that names the exception
-
-
-class JobStoppedError(ParakeetError):
-    """The job ended before its last shard; what is committed stays."""
 
 
 def run(config: TranscribeConfig) -> Receipt:
@@ -190,18 +180,6 @@ def _verify(state: Run, receipt: Receipt) -> Receipt:
     return replace(receipt, verification=asdict(found))
 
 
-def root_cause(error: BaseException) -> str:
-    """What went wrong at the bottom of a chain of wrapped exceptions, in one line."""
-    if not isinstance(error, ray.exceptions.RayError):
-        return str(error).partition("\n")[0] or type(error).__name__
-    # Ray hands the exceptions of an actor over as a printed traceback, with advice of its own as the last one.
-    raised = [found for found in _RAISED.findall(str(error)) if not found.startswith("ray.exceptions.")]
-    ours = [found for found in raised if found.startswith("parakeet_core.errors.")]
-    if ours:
-        return ours[-1].partition(": ")[2]
-    return (raised or [str(error).strip().splitlines()[-1]])[-1]
-
-
 def _provenance(state: Run) -> dict[str, str]:
     """What each part says about its origin; the same for every run of one job."""
     options = {"input": scrub(state.config.input), "format": state.config.format, "dtype": state.identity.dtype}
@@ -243,34 +221,16 @@ def _finish(state: Run) -> Receipt:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    try:
-        config = tyro.cli(TranscribeConfig, args=arguments, prog="python -m jobs.transcribe")
-        if config.dry_run:
-            output = Storage(config.output, config.storage())
-            return dry_run(config, planned_items(output, list_generations(output)))
-        signal.signal(signal.SIGTERM, _stop)
-        return run(config).exit_code
-    except JobStoppedError as error:
-        print(f"stopped: {error}", file=sys.stderr)
-        return EXIT_STOPPED
-    except (InputError, WorkerError) as error:  # the output's storage failed, or Ray did not start
-        print(f"stopped: {error}; {RESUME_HINT}", file=sys.stderr)
-        return EXIT_STOPPED
-    except KeyboardInterrupt:
-        print(f"stopped: interrupted; {RESUME_HINT}", file=sys.stderr)
-        return EXIT_STOPPED
-    except ParakeetError as error:
-        print(f"error: {scrub(str(error))}", file=sys.stderr)
-        return EXIT_REFUSED
+    return exit_status(lambda: _main(arguments), RESUME_HINT)
 
 
-def _stop(signal_number: int, frame) -> None:
-    """SIGTERM, as a spot node's notice or `ray job stop` sends it: end as an interrupt does.
-
-    The hint comes first: `ray job stop` kills after 3 s. By `os.write`, because `print` may be what was interrupted.
-    """
-    os.write(2, f"SIGTERM: the shards in hand are dropped; {RESUME_HINT}\n".encode())
-    raise KeyboardInterrupt
+def _main(arguments: Sequence[str] | None) -> int:
+    config = tyro.cli(TranscribeConfig, args=arguments, prog="python -m jobs.transcribe")
+    if config.dry_run:
+        output = Storage(config.output, config.storage())
+        return dry_run(config, planned_items(output, list_generations(output)))
+    interrupt_on_sigterm(f"SIGTERM: the shards in hand are dropped; {RESUME_HINT}")
+    return run(config).exit_code
 
 
 if __name__ == "__main__":
