@@ -31,7 +31,7 @@ def transcribe_dataset(
     audio_column: str = "audio",
     *,
     device: Literal["cpu", "cuda"] = "cpu",
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    dtype: Literal["float32", "bfloat16", "float16", "int8"] = "float32",
     actors: tuple[int, int] = (1, 2),
     batch_rows: int = BATCH_ROWS,
     storage: StorageOptions | None = None,

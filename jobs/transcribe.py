@@ -34,7 +34,7 @@ from jobs.table.ownership import claim_output
 from jobs.table.parts import find_committed
 from jobs.table.schema import PartFacts
 from jobs.verify import verify_table
-from parakeet_core.checkpoint import DTYPES
+from parakeet_core.checkpoint import INT8, resolve_dtype
 from parakeet_core.errors import ConfigError, InputError
 
 RESUME_HINT = "run the same command again to resume; committed parts are kept and not computed again"
@@ -65,6 +65,8 @@ def _settle(state: Run, cluster: dict[str, float]) -> None:
     """Fix device and dtype by what the cluster has."""
     config = state.config
     state.device = config.device if config.device != "auto" else ("cuda" if cluster.get("GPU") else "cpu")
+    if state.device == "cuda" and config.dtype == INT8:
+        raise ConfigError("--dtype int8 is for CPUs; use bfloat16 on cuda, or --device cpu")
     if state.identity is None:
         state.identity = identify(state.model, "bfloat16" if state.device == "cuda" else "float32")
         state.account()
@@ -102,7 +104,7 @@ def _transcribe(state: Run, todo: pa.Table, cluster: dict[str, float]) -> Receip
 def _claim(state: Run, todo: pa.Table, cluster: dict[str, float]) -> Resources:
     """Share the cluster among the actors, and mark the output as this job's."""
     longest_s = pc.max(todo["audio_s"]).as_py()
-    weight_bytes = state.model.parameters * DTYPES[state.identity.dtype].itemsize
+    weight_bytes = state.model.parameters * resolve_dtype(state.identity.dtype).itemsize
     resources = plan_resources(state.config, state.device, cluster, todo.num_rows, longest_s, weight_bytes)
     try:
         claim_output(state.output, state.identity, state.generations)  # only now: a refused run leaves no mark

@@ -15,7 +15,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("model", help="checkpoint: a Hugging Face directory or a .nemo file")
     parser.add_argument("audio", nargs="+", help="audio files")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16", "int8"])
     parser.add_argument("--json", action="store_true", help="one JSON object per line, with words and their times")
     options = parser.parse_args(arguments)
     try:

@@ -19,9 +19,11 @@ from parakeet_core.config import ModelConfig
 from parakeet_core.ctc import ParakeetCTC
 from parakeet_core.errors import CheckpointError, ConfigError
 from parakeet_core.features import LogMelFrontend
+from parakeet_core.quantised import INSTRUCTIONS, processor_multiplies_bytes
 from parakeet_core.tokenizer import Tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+INT8 = "int8"  # stands where the name of a dtype does: weights in bfloat16, and the layers' linears in 8-bit integers
 LISTED_NAMES = 20  # tensor names of one kind that a message lists before it only counts them
 HASH_BLOCK = 1 << 22  # bytes
 
@@ -53,6 +55,7 @@ class Checkpoint:
     tokenizer: Tokenizer
     frontend: LogMelFrontend
     source: CheckpointSource
+    int8: bool = False  # to be run with the layers' linears in 8-bit integers
 
     @cached_property
     def digest(self) -> str:
@@ -71,14 +74,17 @@ def load_checkpoint(
     Args:
         path: a directory as transformers writes it (config.json, safetensors, tokenizer) or a `.nemo` archive.
         dtype: of the model's weights, whatever the file's is. Weights of the same dtype stay in the memory-mapped file.
+            Or "int8", on a CPU: `Engine` quantises what it runs.
         device: where the model goes.
 
     Raises:
         CheckpointError: it cannot be read, or it describes a model that is not implemented. Missing, unexpected and
             misshapen tensors are named in one message.
-        ConfigError: this machine does not have the device.
+        ConfigError: this machine does not have the device, or its processor not the instructions for "int8".
     """
-    path, dtype, device = Path(path), resolve_dtype(dtype), resolve_device(device)
+    path, int8, dtype, device = Path(path), dtype == INT8, resolve_dtype(dtype), resolve_device(device)
+    if int8:
+        _check_int8(device)
     source = read_source(path)
     with torch.device("meta"):
         model = ParakeetCTC(source.config)
@@ -91,7 +97,9 @@ def load_checkpoint(
         if buffer.is_meta:  # BatchNorm's counter of training steps
             _set_tensor(model, name, torch.zeros(buffer.shape, dtype=buffer.dtype, device=device))
     model.eval()
-    return Checkpoint(path, source.config, model, source.tokenizer, LogMelFrontend(source.config.frontend), source)
+    return Checkpoint(
+        path, source.config, model, source.tokenizer, LogMelFrontend(source.config.frontend), source, int8
+    )
 
 
 def read_source(path: Path) -> CheckpointSource:
@@ -107,12 +115,25 @@ def read_source(path: Path) -> CheckpointSource:
 
 
 def resolve_dtype(dtype: torch.dtype | str) -> torch.dtype:
-    """A torch dtype from itself or its name. Raises CheckpointError for one that models are not run in."""
+    """A torch dtype from itself or its name; of "int8" that of all but the linears.
+
+    Raises:
+        CheckpointError: models are not run in it.
+    """
+    if dtype == INT8:
+        return torch.bfloat16
     if isinstance(dtype, str) and dtype in DTYPES:
         return DTYPES[dtype]
     if dtype in DTYPES.values():
         return dtype
-    raise CheckpointError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
+    raise CheckpointError(f"dtype {dtype!r}: expected one of {', '.join([*DTYPES, INT8])}")
+
+
+def _check_int8(device: torch.device) -> None:
+    if device.type != "cpu":
+        raise ConfigError(f"int8 on {device}: it is for CPUs; use bfloat16")
+    if not processor_multiplies_bytes():
+        raise ConfigError(f"int8: this processor has none of {', '.join(INSTRUCTIONS)}; use bfloat16 or float32")
 
 
 def resolve_device(device: torch.device | str) -> torch.device:

@@ -20,6 +20,7 @@ from parakeet_core.batching import Batch, plan_batches
 from parakeet_core.checkpoint import Checkpoint
 from parakeet_core.decoding import FrameScores, Tokens, score_frames, unpack_tokens
 from parakeet_core.errors import ErrorKind, InputError
+from parakeet_core.quantised import quantise_linears
 
 # An item up to MAX_PASS_FRAMES is one pass of the model, equal to the reference. Published checkpoints were trained
 # with positions up to 5000 encoder frames (400 s), and attention's memory grows with the square: 0.9 GB at 300 s with
@@ -83,7 +84,8 @@ class Engine:
 
     Args:
         checkpoint: its model is on the device and in the dtype to run in. On a CPU without instructions for that dtype
-            the model runs in float32, with the weights as the dtype rounds them: 5 times faster, and more exact.
+            the model runs in float32, with the weights as the dtype rounds them: 5 times faster, and more exact. Where
+            the checkpoint says `int8`, the layers' linears are quantised.
         budget_frames: greatest cost of a batch (see `batching`); by default one that suits the device.
         compiled: whether the layers run as generated code, which takes a minute at the start of the first process of a
             node; by default on CUDA only. On a CPU it would pay back after a hundred hours of audio.
@@ -98,6 +100,8 @@ class Engine:
         self.device, self.dtype = parameter.device, parameter.dtype
         self.config = checkpoint.config
         self.model = model.prepare_inference()
+        if checkpoint.int8:
+            quantise_linears(self.model.layers)
         self.frontend = checkpoint.frontend
         self._sending = threading.Lock()  # batches reach the device whole, one after the other
         default = CUDA_BUDGET_FRAMES

@@ -2,9 +2,10 @@
 
     python tests/bench/bench_engine.py [--quick] [--threads N] [--device cpu|cuda] [--models 0.6b 1.1b]
 
-On the CPU: float32 and bfloat16, a sweep over batch sizes at 10 s, and the real length mix. With CUDA: RTFx, share of
-the measured matrix peak, memory and padding, beside transformers eager and compiled. Needs torch, transformers, numpy,
-safetensors and sentencepiece only. `--quick` runs 4 layers on the CPU and one model on CUDA.
+On the CPU: a sweep over batch sizes at 10 s and the real length mix, in float32, in bfloat16, and, where `--dtype` asks
+for it, in int8 beside bfloat16 of transformers. With CUDA: RTFx, share of the measured matrix peak, memory and padding,
+beside transformers eager and compiled. Needs torch, transformers, numpy, safetensors and sentencepiece
+only. `--quick` runs 4 layers on the CPU and one model on CUDA.
 """
 
 import dataclasses
@@ -18,6 +19,7 @@ from harness import print_table, race
 from torch import Tensor
 
 from parakeet_core.batching import padding_share, plan_batches
+from parakeet_core.checkpoint import INT8, resolve_dtype
 from parakeet_core.config import EncoderConfig
 from parakeet_core.engine import Engine
 
@@ -34,7 +36,7 @@ def main() -> None:
     parser = harness.bench_arguments(__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--models", nargs="+", default=["0.6b"], choices=list(MODELS))
-    parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
+    parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16", INT8])
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     harness.print_machine(options.device)
@@ -81,8 +83,8 @@ def _bench_cpu(name: str, config: EncoderConfig, options) -> None:
     rounds = 2 if options.quick else 3
     best: dict[tuple[str, str], float] = {}  # (dtype, library) -> RTFx at its best batch size
     for dtype in options.dtype:
-        reference = reference.to(getattr(torch, dtype))
-        engine = Engine(harness.own_checkpoint(reference, config))
+        reference = reference.to(resolve_dtype(dtype))
+        engine = Engine(dataclasses.replace(harness.own_checkpoint(reference, config), int8=dtype == INT8))
         peak = _peak_flops("cpu", engine.dtype)
         if dtype == "float32":
             print(f"largest relative difference of logits: {_difference(reference, engine, config):.1e}")
@@ -99,12 +101,13 @@ def _bench_cpu(name: str, config: EncoderConfig, options) -> None:
             share = rates["ours"] * model_flops(config, CLIP_FRAMES) / 10 / peak
             rows.append([batch, rates["transformers"], rates["ours"], rates["ours"] / rates["transformers"], share])
         columns = ["batch of 10 s", "transformers RTFx", "ours RTFx", "ratio", f"of {peak / 1e9:.0f} GFLOP/s, ours"]
-        print_table(f"{name}, {dtype} (ours computes in {engine.dtype}), 10 s", columns, rows)
+        computes = "" if dtype == INT8 else f" (ours computes in {engine.dtype})"
+        print_table(f"{name}, {dtype}{computes}, 10 s; transformers in {reference.dtype}", columns, rows)
         if dtype == "float32" or not options.quick:  # an emulated dtype takes minutes
             _mix_cpu(name, config, reference, engine, dtype, options)
     print("\nEach at its best batch size at 10 s:")
     for dtype in options.dtype:
-        for base in options.dtype:
+        for base in (other for other in options.dtype if other != INT8):
             ratio = best[dtype, "ours"] / best[base, "transformers"]
             print(f"  ours {dtype} / transformers {base}: {ratio:.2f}x")
 

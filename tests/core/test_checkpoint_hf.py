@@ -70,7 +70,7 @@ def test_any_dtype_of_file_in_any_dtype(tmp_path, model, stored, loaded):
 
 def test_dtype_by_name(directory):
     assert load_checkpoint(directory, dtype="bfloat16").model.ctc_head.weight.dtype == torch.bfloat16
-    for wrong in ("float64", torch.float64, "int8", torch.int8):
+    for wrong in ("float64", torch.float64, "int4", torch.int8):
         assert "expected one of float32, bfloat16, float16" in refusal(directory, dtype=wrong)
 
 
