@@ -65,11 +65,11 @@ def _settle(state: Run, cluster: dict[str, float]) -> None:
     """Fix device and dtype by what the cluster has."""
     config = state.config
     state.device = config.device if config.device != "auto" else ("cuda" if cluster.get("GPU") else "cpu")
-    if state.device == "cuda" and config.dtype == INT8:
-        raise ConfigError("--dtype int8 is for CPUs; use bfloat16 on cuda, or --device cpu")
     if state.identity is None:
         state.identity = identify(state.model, "bfloat16" if state.device == "cuda" else "float32")
         state.account()
+    if state.device == "cuda" and state.identity.dtype == INT8:
+        raise ConfigError("dtype int8 is for CPUs; use --device cpu, or --dtype bfloat16 for another output")
 
 
 def _nothing_to_do(state: Run) -> Receipt:

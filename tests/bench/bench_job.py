@@ -1,6 +1,6 @@
 """The whole job against a plain loop and against transformers, over real speech, in one run.
 
-    python tests/bench/bench_job.py [--quick] [--repeat N] [--shard-audio-s SECONDS] [--dtype float32 bfloat16]
+    python tests/bench/bench_job.py [--quick] [--repeat N] [--shard-audio-s SECONDS] [--dtype float32 bfloat16 int8]
         [--tries 2]
 
 Prints, for the same clips and the same small model: the job with and without Ray's start-up, in each dtype; our own
@@ -23,6 +23,7 @@ import torch
 from harness import ROOT, SPEECH, TINY_CHECKPOINT, print_machine, print_table
 
 SAMPLE_EVERY_S = 0.2  # of memory, which costs the job up to a tenth of its speed: times come from runs without it
+DTYPES = ("float32", "bfloat16", "int8")
 REFERENCE_BATCHES = (1, 4, 16)  # sizes tried; the best one is reported
 
 
@@ -32,7 +33,9 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=1, help="times that each clip is listed")
     parser.add_argument("--only-job", action="store_true", help="no comparison, e.g. for memory with --repeat 10")
     parser.add_argument("--shard-audio-s", type=float, help="as the job's: memory is compared at one size of shards")
-    parser.add_argument("--dtype", nargs="+", default=["float32"], choices=["float32", "bfloat16"], help="of the job")
+    parser.add_argument(
+        "--dtype", nargs="+", default=["float32"], choices=["float32", "bfloat16", "int8"], help="of the job"
+    )
     parser.add_argument("--tries", type=int, default=2, help="runs of each, of which the fastest counts")
     options = parser.parse_args()
     lines = (SPEECH / "librispeech-dev-clean.jsonl").read_text(encoding="utf-8").splitlines()

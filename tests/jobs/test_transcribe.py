@@ -184,7 +184,7 @@ def test_a_job_in_8_bit_integers(layouts, tmp_path):
     assert (receipt.errors, receipt.dtype, receipt.complete) == (0, "int8", True)
     exact, eight_bit = ([row["text"] for row in read_table(tmp_path / name)] for name in ("float32", "int8"))
     assert jiwer.wer(exact, eight_bit) <= 0.1  # on all prompts 0.006
-    with pytest.raises(ConfigError, match="--dtype int8 is for CPUs"):
+    with pytest.raises(ConfigError, match="dtype int8 is for CPUs"):
         run(job_config(layouts["files"], tmp_path / "cuda", dtype="int8", device="cuda"))
     assert not (tmp_path / "cuda/job.json").exists()
 
