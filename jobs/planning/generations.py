@@ -61,7 +61,10 @@ def read_generation(storage: Storage, name: str) -> Generation:
         record = json.loads(storage.read_bytes(f"{FOLDER}/{name}"))
         version = record.pop("plan_format")
         if version != PLAN_FORMAT:
-            raise ConfigError(f"{storage.url}/{FOLDER}/{name}: plan format {version}, expected {PLAN_FORMAT}")
+            raise ConfigError(
+                f"{storage.url}/{FOLDER}/{name}: plan format {version}, expected {PLAN_FORMAT}; finish this output "
+                "with the version of this program that began it, or use another --output"
+            )
         return Generation(**{key: tuple(value) if isinstance(value, list) else value for key, value in record.items()})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{storage.url}/{FOLDER}/{name}: not a plan of this program ({error})") from error

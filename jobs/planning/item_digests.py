@@ -99,12 +99,10 @@ def _to_arrow(digests: np.ndarray) -> pa.Array:
 
 def _to_numpy(column: pa.ChunkedArray) -> np.ndarray:
     """uint64 [N, 2] of a column without nulls."""
-    parts = [
-        np.frombuffer(c.buffers()[1], "<u8").reshape(-1, 2)[c.offset : c.offset + len(c)]
-        for c in column.chunks
-        if len(c)
-    ]
-    return np.concatenate(parts) if parts else NO_DIGESTS
+    if not len(column):
+        return NO_DIGESTS
+    array = column.combine_chunks()
+    return np.frombuffer(array.buffers()[1], "<u8", 2 * len(array), 16 * array.offset).reshape(-1, 2)
 
 
 __all__ = ["item_files", "planned_items"]
