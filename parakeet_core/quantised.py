@@ -32,6 +32,7 @@ class QuantisedLinear(nn.Module):
         self.packed = torch.ops.onednn.qlinear_prepack(integers, None)
 
     def forward(self, states: Tensor) -> Tensor:
+        """[..., K] float -> [..., N] of the same dtype."""
         rows = states.reshape(-1, states.shape[-1])
         scale = rows.abs().amax(1, keepdim=True).float().clamp_min(torch.finfo(torch.float32).tiny * LEVELS) / LEVELS
         integers = rows.to(torch.float32, copy=True).mul_(scale.reciprocal()).round_().to(torch.int8)

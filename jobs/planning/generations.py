@@ -57,6 +57,7 @@ def list_generations(storage: Storage) -> list[Generation]:
 
 
 def read_generation(storage: Storage, name: str) -> Generation:
+    """What a generation's JSON file says. Raises ConfigError for one that is not of this program, or of its version."""
     try:
         record = json.loads(storage.read_bytes(f"{FOLDER}/{name}"))
         version = record.pop("plan_format")
