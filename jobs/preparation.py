@@ -73,6 +73,11 @@ class Run:
         exact = all(generation.exact for generation in self.generations)
         return sum(generation.items for generation in self.generations) if exact else None
 
+    @property
+    def planned_shards(self) -> set[str]:
+        """Names of all shards, done or not."""
+        return set(self.shards["shard"].to_pylist())
+
     def missing_shards(self) -> pa.Table:
         """Shards to do, longest first, so that no long one is left for the end of the job."""
         done = pa.array(sorted(self.committed), pa.string())
@@ -81,8 +86,7 @@ class Run:
 
     def account(self) -> None:
         """Look up what earlier runs have committed."""
-        planned = set(self.shards["shard"].to_pylist())
-        earlier = account_earlier(self.output, self.fingerprint, planned, self.config.retry_errors)
+        earlier = account_earlier(self.output, self.fingerprint, self.planned_shards, self.config.retry_errors)
         self.committed, self.before, self.closed = earlier.shards, earlier.tally, earlier.closed
 
     def commit(self, shard: str) -> None:

@@ -91,7 +91,7 @@ def _transcribe(state: Run, todo: pa.Table, cluster: dict[str, float]) -> Receip
     try:
         with _stops_named(state):
             _commit_shards(state, todo, resources, display, events)
-            find_committed(state.output, state.fingerprint, set(state.shards["shard"].to_pylist()))
+            find_committed(state.output, state.fingerprint, state.planned_shards)
     except KeyboardInterrupt:
         page = False  # `ray job stop` leaves 3 s, and the page reads hundreds of parts
         raise
@@ -169,9 +169,8 @@ def _stops_named(state: Run) -> Iterator[None]:
 
 def _verify(state: Run, receipt: Receipt) -> Receipt:
     """Do a sample of the table again, and add what came of it to the receipt."""
-    planned = set(state.shards["shard"].to_pylist())
     try:
-        files = find_committed(state.output, state.fingerprint, planned).files
+        files = find_committed(state.output, state.fingerprint, state.planned_shards).files
         where = state.output, state.shards, files, state.sources
         found = verify_table(*where, state.model, state.device, state.config.verify)
         add_to_receipt(state.output, verification=asdict(found))

@@ -24,9 +24,9 @@ class QuantisedLinear(nn.Module):
     def __init__(self, plain: nn.Linear):
         super().__init__()
         weight = plain.weight.detach().float()
-        scale = weight.abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny * LEVELS) / LEVELS
-        integers = (weight / scale[:, None]).round().to(torch.int8)
-        self.register_buffer("weight_scale", scale, persistent=False)  # [N]
+        scale = _scale(weight)
+        integers = (weight / scale).round().to(torch.int8)
+        self.register_buffer("weight_scale", scale.squeeze(1), persistent=False)  # [N]
         self.register_buffer("zero_points", torch.zeros(len(weight), dtype=torch.int32), persistent=False)
         self.register_buffer("bias", None if plain.bias is None else plain.bias.detach(), persistent=False)
         self.packed = torch.ops.onednn.qlinear_prepack(integers, None)
@@ -34,7 +34,7 @@ class QuantisedLinear(nn.Module):
     def forward(self, states: Tensor) -> Tensor:
         """[..., K] float -> [..., N] of the same dtype."""
         rows = states.reshape(-1, states.shape[-1])
-        scale = rows.abs().amax(1, keepdim=True).float().clamp_min(torch.finfo(torch.float32).tiny * LEVELS) / LEVELS
+        scale = _scale(rows)
         integers = rows.to(torch.float32, copy=True).mul_(scale.reciprocal()).round_().to(torch.int8)
         integers = integers.view(torch.uint8).add_(ZERO_POINT)  # modulo 256; torch is slow to make unsigned ones
         products = torch.ops.onednn.qlinear_pointwise(
@@ -44,6 +44,11 @@ class QuantisedLinear(nn.Module):
         scale = scale.to(rows.dtype)
         out = products.mul_(scale) if self.bias is None else torch.addcmul(self.bias, products, scale)
         return out.view(*states.shape[:-1], -1)
+
+
+def _scale(rows: Tensor) -> Tensor:
+    """What 1 stands for in each row of [R, K], so that the largest becomes 127; float32 [R, 1], above zero."""
+    return rows.abs().amax(1, keepdim=True).float().clamp_min(torch.finfo(torch.float32).tiny * LEVELS) / LEVELS
 
 
 def quantise_linears(module: nn.Module) -> None:

@@ -69,7 +69,8 @@ def main() -> None:
                 server.put_folder(parts, "bucket/out")
         with job_on(options.server, folder) as (_, proxy, config):  # started anew: rclone keeps what it has listed
             state = claim(config)
-            timed("listing of the table alone", proxy, lambda: state.output.list_names(TABLE_FOLDER, edges(state)))
+            edges = listing_edges(state.planned_shards)
+            timed("listing of the table alone", proxy, lambda: state.output.list_names(TABLE_FOLDER, edges))
             first = ("without a receipt, so every footer",) if options.footers else ()
             for name in (*first, "rerun", "rerun"):
                 timed(name, proxy, lambda: run(config))
@@ -110,10 +111,6 @@ def manifest(items: int) -> bytes:
     return "".join(lines).encode()
 
 
-def edges(state: Run) -> list[str]:
-    return listing_edges(set(state.shards["shard"].to_pylist()))
-
-
 def claim(config: TranscribeConfig) -> Run:
     """The run over a planned output, which is now this job's."""
     output = Storage(config.output, config.storage())
@@ -147,8 +144,7 @@ def write_parts(state: Run, folder: Path) -> Path:
 
 def write_receipt(state: Run, folder: Path) -> None:
     """The one of a run that has written the parts in `folder`: their footers are read there, not from the server."""
-    planned = set(state.shards["shard"].to_pylist())
-    earlier = account_earlier(Storage(str(folder)), state.fingerprint, planned, retry_errors=False)
+    earlier = account_earlier(Storage(str(folder)), state.fingerprint, state.planned_shards, retry_errors=False)
     state.committed, state.before = earlier.shards, earlier.tally
     state.write_receipt()
 
