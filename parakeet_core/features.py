@@ -59,7 +59,7 @@ class LogMelFrontend:
         lens = torch.tensor([self.config.frames(len(tensor)) for tensor in tensors], dtype=torch.int64)
         if device.type == "cpu":
             return self._one_by_one(tensors, lens), lens
-        return self._padded([tensor.to(device) for tensor in tensors], lens.to(device)), lens.to(device)
+        return self._padded([tensor.to(device) for tensor in tensors], lens, device), lens.to(device)
 
     def _one_by_one(self, waveforms: list[Tensor], lens: Tensor) -> Tensor:
         """[B, T, M]: clip by clip, so that a clip's buffers stay in the cache and no padding is computed."""
@@ -73,15 +73,17 @@ class LogMelFrontend:
                 _normalise_(row[:frames])
         return features
 
-    def _padded(self, waveforms: list[Tensor], lens: Tensor) -> Tensor:
-        """[B, T, M]: the whole batch in one go, for devices that like few large operations."""
-        if not waveforms or not int(lens.max()):
-            return torch.zeros(len(waveforms), 0, self.config.n_mels, device=lens.device)
+    def _padded(self, waveforms: list[Tensor], lens: Tensor, device: torch.device) -> Tensor:
+        """[B, T, M]: the whole batch in one go, for devices that like few large operations; `lens` are on the host."""
+        longest = max(lens.tolist(), default=0)
+        if not longest:
+            return torch.zeros(len(waveforms), 0, self.config.n_mels, device=device)
+        lens = lens.to(device)
         emphasised = torch.nn.utils.rnn.pad_sequence([self._emphasise(waveform) for waveform in waveforms], True)
-        longest, step = int(lens.max()), max(1, BATCH_BLOCK_FRAMES // len(waveforms))
+        step = max(1, BATCH_BLOCK_FRAMES // len(waveforms))
         blocks = [(start, min(start + step, longest)) for start in range(0, longest, step)]
         features = torch.cat([self._log_mel(emphasised, *block) for block in blocks], 1)  # [B, T, M]
-        valid = (torch.arange(features.shape[1], device=lens.device) < lens[:, None])[:, :, None]
+        valid = (torch.arange(longest, device=device) < lens[:, None])[:, :, None]
         counts = lens[:, None, None].clamp(min=1)
         mean = (features * valid).sum(1, keepdim=True) / counts
         centred = (features - mean) * valid
