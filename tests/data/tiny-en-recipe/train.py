@@ -1,7 +1,7 @@
 """Train the small model for a given time on the data that the other scripts have made.
 
     python train.py --data FOLDER --output FOLDER (--minutes M | --steps N) [--alone] [--model FOLDER]
-        [--without MANIFEST] [-- OPTIONS OF THE JOB]
+        [--times NAME=N ...] [--without MANIFEST] [-- OPTIONS OF THE JOB]
 
 With --minutes, a first run of `MEASURED_STEPS` says how fast this machine is; from that follow the steps of the run
 itself, whose learning rate ends at zero when the time is over. With --alone it is `jobs.finetune_alone`, which needs no
@@ -20,12 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[3]
 MEASURED_STEPS = 30
 USED = 0.93  # of the time: the rest for measurements, checkpoints and the end
-REAL_TIMES = {
-    "read": 3,
-    "prompts": 4,
-    "prompts-8khz": 4,
-    "carried-prompts": 4,
-}  # recorded speech counts as often beside what is synthetic
+TIMES = {"read": 3, "prompts": 4, "prompts-8khz": 4, "carried-prompts": 4, "synthetic": 1}  # a manifest's, in an epoch
 OPTIONS = {
     "vocab-size": 256, "batch-audio-s": 160, "micro-batch-audio-s": 160, "learning-rate": 2e-3, "warmup-steps": 300,
     "precision": "bfloat16", "freq-width": 15, "time-masks": 4, "dropout": 0, "max-audio-s": 20,
@@ -42,6 +37,7 @@ def main() -> None:
     length.add_argument("--steps", type=int)
     parser.add_argument("--alone", action="store_true", help="in one process, without Ray")
     parser.add_argument("--model", help="a folder to start from, instead of random weights (see model.json)")
+    parser.add_argument("--times", nargs="+", default=[], metavar="NAME=N", help=f"beside or instead of {TIMES}")
     parser.add_argument("--without", type=Path, help="a manifest whose texts are left out of all inputs")
     parser.add_argument(
         "options", nargs="*", help="options of the job, behind --, which come before those of this file"
@@ -51,7 +47,8 @@ def main() -> None:
     output = arguments.output.resolve()  # the job runs in the repository's root
     output.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "jobs.finetune_alone" if arguments.alone else "jobs.finetune"]
-    inputs = training_inputs(arguments.data, arguments.without, output / "inputs")
+    times = TIMES | {name: int(number) for name, number in (word.split("=") for word in arguments.times)}
+    inputs = training_inputs(arguments.data, times, arguments.without, output / "inputs")
     command += job_options(inputs, arguments.data, arguments.model, arguments.options)
     steps_file = output / "steps.json"
     if not steps_file.exists():
@@ -65,12 +62,10 @@ def main() -> None:
     os.execv(sys.executable, command)  # in the place of this process, so that signals reach the job
 
 
-def training_inputs(data: Path, without: Path | None, folder: Path) -> list[Path]:
+def training_inputs(data: Path, times: dict[str, int], without: Path | None, folder: Path) -> list[Path]:
     """The manifests that are there, as often as they count; with `without`, copies in `folder` without its texts."""
-    names = [name for name, times in REAL_TIMES.items() for _ in range(times)]
-    inputs = [path for name in names if (path := data / f"{name}.jsonl").exists()] + sorted(
-        data.glob("synthetic*.jsonl")
-    )
+    paths = [data / f"{name}.jsonl" for name, number in times.items() for _ in range(number)]
+    inputs = [path for path in paths if path.exists()]
     if without is None:
         return inputs
     left_out = {json.loads(line)["text"] for line in without.read_text(encoding="utf-8").splitlines()}
