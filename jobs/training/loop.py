@@ -101,7 +101,9 @@ class TrainingRun:
         self.objective: nn.Module = objective
         if world > 1:
             devices = [device] if device.type == "cuda" else None
-            self.objective = DistributedDataParallel(objective, device_ids=devices, broadcast_buffers=False)
+            self.objective = DistributedDataParallel(objective, device_ids=devices)
+            # As an attribute: torch 2.13 renamed the argument. `_share_statistics` is what keeps BatchNorm's the same.
+            self.objective.broadcast_buffers = False
         frames_per_s = 1 / frontend.frame_s
         micro_s = config.micro_batch_audio_s or MICRO_BATCH_S[device.type]
         self.micro_frames = micro_s * frames_per_s
