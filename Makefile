@@ -19,9 +19,11 @@ demo: venv
 	$(BIN)/python -m jobs.transcribe --input tests/data/prompts/prompts.jsonl --output demo-output --model tests/data/tiny-en
 	$(BIN)/python -m jobs.show demo-output
 
-# Two files of tests at a time: half of the time of one is waiting, for Ray to start and for what was killed.
+# Two files of tests at a time: half of the time of one is waiting, for Ray to start and for what was killed. The long
+# files first, so that no worker is left with them at the end.
 test: venv
-	$(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist loadfile --no-loadscope-reorder \
+		tests/faults tests/jobs tests/parity tests/core
 
 test-all: venv
 	$(BIN)/python -m pytest

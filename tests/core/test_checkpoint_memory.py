@@ -2,14 +2,15 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import DATA, REPO
-from small_models import randomise, small_config, write_hf, write_nemo
+from small_models import TINY_EN, randomise, small_config, write_hf, write_nemo
 
 from parakeet_core.ctc import ParakeetCTC
 
+REPO = Path(__file__).resolve().parents[2]
 LIMIT = 1.3  # of the stored weights' bytes
 PROGRAM = """
 import sys
@@ -53,7 +54,7 @@ def stored(tmp_path_factory):
 def test_peak_of_loading(stored, form, dtype, capsys):
     folder, weight_bytes = stored
     assert weight_bytes > 200 << 20
-    command = [sys.executable, "-c", PROGRAM, str(folder / form), dtype, str(DATA / "tiny-en")]
+    command = [sys.executable, "-c", PROGRAM, str(folder / form), dtype, str(TINY_EN)]
     done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=True)
     share = int(done.stdout) / weight_bytes
     with capsys.disabled():
