@@ -99,6 +99,7 @@ def steps_in(minutes: float, command: list[str], output: Path) -> int:
     """
     trial = output / "trial"
     limits = ["--output", str(trial), "--max-steps", str(MEASURED_STEPS), "--validate-steps", str(MEASURED_STEPS)]
+    limits += ["--log-steps", str(MEASURED_STEPS // 3)]  # two times of which the difference is taken, and one before
     subprocess.run([*command, *limits], cwd=ROOT, check=True)
     lines = [json.loads(line) for line in (trial / "metrics.jsonl").read_text().splitlines()]
     logged = [line for line in lines if "loss" in line]
