@@ -279,14 +279,11 @@ class RecogniseShards:
     def _features(self, items: pa.Table, wanted: list[int], clock: StageClock) -> list[torch.Tensor]:
         """Features of the items at `wanted`: those that came, or computed where the model is."""
         if items["samples"].null_count < items.num_rows:
-            waveforms = [self._waveform(items["samples"][i], items["sample_step"][i].as_py()) for i in wanted]
-            return clock.timed("features", self.engine.extract_features, waveforms)
+            stored = np.float32 if self.feature_dtype == np.float32 else np.int16
+            samples = [self._array(items["samples"][i], stored) for i in wanted]
+            steps = [items["sample_step"][i].as_py() for i in wanted]
+            return clock.timed("features", self.engine.extract_features, samples, steps)
         return [self._array(items["features"][i], self.feature_dtype).unflatten(0, (-1, self.n_mels)) for i in wanted]
-
-    def _waveform(self, samples: pa.Scalar, step: float) -> torch.Tensor:
-        """[S] float32 on the engine's device, where 16-bit samples are widened."""
-        array = self._array(samples, np.float32 if self.feature_dtype == np.float32 else np.int16)
-        return array.to(self.engine.device, non_blocking=True).float() * step
 
     def _array(self, value: pa.Scalar, dtype: type) -> torch.Tensor:
         """The numbers of a binary cell, in place."""

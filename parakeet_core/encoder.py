@@ -35,20 +35,22 @@ def relative_positions(frames: int, d_model: int, device: torch.device | None = 
     return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(-2)
 
 
-def shift_relative(scores: Tensor) -> Tensor:
+def shift_relative(scores: Tensor, keys: int | None = None) -> Tensor:
     """Scores by distance -> scores by key, as a view: out[..., i, j] = scores[..., i, Q-1-i+j].
 
     Args:
-        scores: [B, H, Q, Q + U - 1], contiguous: of Q queries in a row, from the distance of the last one to the first
-            key. Q is U but where attention runs in blocks of queries.
+        scores: [B, H, Q, Q + U - 1 or more], contiguous: of Q queries in a row, from the distance of the last one to
+            the first key. Q is U but where attention runs in blocks of queries.
+        keys: U, where `scores` has more columns than it takes.
 
     Returns:
         [B, H, Q, U], sharing memory with `scores`; no element of it appears twice.
     """
     queries, step = scores.shape[-2], scores.shape[-1] - 1
-    keys = step + 2 - queries
+    if keys is None:
+        keys = step + 2 - queries
     if queries == 1:
-        return scores
+        return scores[..., :keys]
     # From column Q-1 of row 0 on, each row begins `step` numbers after the one before: one column to its left.
     shifted = scores.flatten(-2)[..., queries - 1 : queries - 1 + queries * step]
     return shifted.unflatten(-1, (queries, step))[..., :keys]

@@ -34,7 +34,7 @@ CPU_BUDGET_FRAMES = 6_000  # cost of a batch in float32, twice it in half precis
 CUDA_BUDGET_FRAMES = 200_000  # about 2000 s of short items: enough rows to fill the matrix units of a large GPU
 FEATURE_BUDGET_FRAMES = 120_000  # cost of a batch of waveforms: 20 minutes, 77 MB of samples
 BATCHES_AHEAD = 2  # on CUDA: one that runs and one that waits behind it, so that the device never waits for the host
-WARM_UP = ((499,), (499, 499, 499), (499, 499, 467))  # feature frames: one item, several, several with padding
+WARM_UP = ((499,), (201,), (499, 499, 499), (499, 499, 467))  # feature frames: one item, several, several with padding
 # Names in torch.cpu.get_capabilities() of instructions that multiply matrices of a dtype. Without them torch emulates:
 # measured on AVX2, 19 GFLOP/s in bfloat16 against 110 to 150 in float32.
 HALF_INSTRUCTIONS = {
@@ -98,6 +98,8 @@ class Engine:
             model = copy.deepcopy(model).float()
             parameter = next(model.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
+        if self.device.type == "cuda":
+            _set_up_cuda(self.dtype)
         self.config = checkpoint.config
         self.model = model.prepare_inference()
         if checkpoint.int8:
@@ -112,7 +114,7 @@ class Engine:
             self.model.compile_layers()
             try:
                 self.warm_up()
-            except RuntimeError as error:  # whatever goes wrong in a compiler is one, e.g. a node without gcc
+            except Exception as error:  # noqa: BLE001 - whatever goes wrong in a compiler, e.g. on a node without gcc
                 log.warning("the layers cannot be compiled, and run slower as they are: %.500s", error)
                 self.model = model.prepare_inference()
 
@@ -123,15 +125,35 @@ class Engine:
             self.recognise([torch.zeros(frames, mels) for frames in lens], budget_frames=float("inf"))
 
     @torch.no_grad()
-    def extract_features(self, waveforms: Sequence[Tensor]) -> list[Tensor]:
-        """Features [T, M] of each waveform [S] (see `LogMelFrontend`), on the device and in the dtype of the model."""
+    def extract_features(self, waveforms: Sequence[Tensor], steps: Sequence[float] | None = None) -> list[Tensor]:
+        """Features [T, M] of each waveform (see `LogMelFrontend`), on the device and in the dtype of the model.
+
+        Args:
+            waveforms: [S] each, on the host and of one dtype: float at full scale 1.0, or integers.
+            steps: what a sample of 1 stands for in each waveform; 1.0 by default.
+        """
         lens = [self.config.frontend.frames(len(waveform)) for waveform in waveforms]
         features: list[Tensor | None] = [None] * len(lens)
         for batch in plan_batches(lens, FEATURE_BUDGET_FRAMES):
-            padded, _ = self.frontend([waveforms[item] for item in batch.indices], self.device)
+            sent = self._send([waveforms[item] for item in batch.indices])
+            if steps is not None:
+                sent = [samples.float() * steps[item] for item, samples in zip(batch.indices, sent, strict=True)]
+            padded, _ = self.frontend(sent, self.device)
             for item, row in zip(batch.indices, padded.to(self.dtype), strict=True):
                 features[item] = row[: lens[item]]
         return features
+
+    def _send(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        """One-dimensional tensors on the device; to CUDA by one copy that is not waited for.
+
+        Copies of their own would each wait behind the batches that the device is at.
+        """
+        if self.device.type == "cpu":
+            return tensors
+        sizes = [len(tensor) for tensor in tensors]
+        joined = torch.empty(sum(sizes), dtype=tensors[0].dtype, pin_memory=self.device.type == "cuda")
+        torch.cat(list(tensors), out=joined)
+        return joined.to(self.device, non_blocking=True).split(sizes)
 
     @torch.no_grad()
     def recognise(
@@ -227,7 +249,8 @@ class Engine:
         padded = self._pad(features, members, frames)
         with self._sending:
             begun, started_at = self._mark(), time.perf_counter()
-            padded, lens = padded.to(self.device, non_blocking=True), lens.to(self.device, non_blocking=True)
+            padded = padded.to(self.device, non_blocking=True).to(self.dtype)
+            lens = lens.to(self.device, non_blocking=True)
             logits, out_lens = self.model(padded, lens, shorter)
             scored = score_frames(logits, out_lens, self.config.blank_id)
             if begun is None:
@@ -236,13 +259,13 @@ class Engine:
             return _Started(members, host, begun, self._mark())
 
     def _pad(self, features: Sequence[Tensor], members: list[_Piece], frames: int) -> Tensor:
-        """[B, T, M], on the device where the features are there, else on the host."""
+        """[B, T, M], on the device where the features are there, else on the host, in their dtype or the model's."""
         there = any(features[piece.item].device == self.device for piece in members)
         padded = torch.zeros(
             len(members),
             frames,
             self.config.encoder.n_mels,
-            dtype=self.dtype,
+            dtype=self.dtype if self.device.type == "cpu" else features[members[0].item].dtype,
             device=self.device if there else "cpu",
             pin_memory=not there and self.device.type == "cuda",
         )
@@ -255,7 +278,7 @@ class Engine:
         if self.device.type != "cuda":
             return None
         event = torch.cuda.Event(enable_timing=True)
-        event.record()
+        event.record(torch.cuda.current_stream(self.device))
         return event
 
     def _collapse(self, parts: list[list[_Part]]) -> list[Tokens | InputError]:
@@ -280,6 +303,15 @@ class Engine:
             for item, tokens in zip(batch.indices, unpack_tokens(FrameScores(ids, scores, lens), blank), strict=True):
                 results[item] = results[item] or tokens
         return results
+
+
+def _set_up_cuda(dtype: torch.dtype) -> None:
+    """Settings of this process that suit batches of ever new shapes, and exact float32."""
+    # cuDNN's attention, which torch prefers on Hopper, plans anew for every shape: 0.4 s were seen for one (FunASR's
+    # issue 3704), and nearly every batch has a shape of its own.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    if dtype == torch.float32:
+        torch.backends.cudnn.allow_tf32 = False  # of convolutions; in products TF32 is off unless asked for
 
 
 def _send_to_host(tensor: Tensor) -> Tensor:

@@ -59,7 +59,8 @@ class LogMelFrontend:
         lens = torch.tensor([self.config.frames(len(tensor)) for tensor in tensors], dtype=torch.int64)
         if device.type == "cpu":
             return self._one_by_one(tensors, lens), lens
-        return self._padded([tensor.to(device) for tensor in tensors], lens, device), lens.to(device)
+        there = send(lens, device)
+        return self._padded([tensor.to(device) for tensor in tensors], lens.tolist(), there), there
 
     def _one_by_one(self, waveforms: list[Tensor], lens: Tensor) -> Tensor:
         """[B, T, M]: clip by clip, so that a clip's buffers stay in the cache and no padding is computed."""
@@ -73,13 +74,19 @@ class LogMelFrontend:
                 _normalise_(row[:frames])
         return features
 
-    def _padded(self, waveforms: list[Tensor], lens: Tensor, device: torch.device) -> Tensor:
-        """[B, T, M]: the whole batch in one go, for devices that like few large operations; `lens` are on the host."""
-        longest = max(lens.tolist(), default=0)
+    def _padded(self, waveforms: list[Tensor], frames: list[int], lens: Tensor) -> Tensor:
+        """[B, T, M]: the whole batch in one go, for devices that like few large operations.
+
+        Args:
+            waveforms: on the device.
+            frames: of each, on the host; lens: the same on the device, whose values are not waited for.
+        """
+        longest, device = max(frames, default=0), lens.device
         if not longest:
             return torch.zeros(len(waveforms), 0, self.config.n_mels, device=device)
-        lens = lens.to(device)
-        emphasised = torch.nn.utils.rnn.pad_sequence([self._emphasise(waveform) for waveform in waveforms], True)
+        emphasised = self._emphasise(torch.nn.utils.rnn.pad_sequence(waveforms, True))
+        behind = send(torch.tensor([len(waveform) for waveform in waveforms]), device) + self.config.n_fft // 2
+        emphasised.scatter_(1, behind[:, None], 0.0)  # where the last sample was subtracted from the padding
         step = max(1, BATCH_BLOCK_FRAMES // len(waveforms))
         blocks = [(start, min(start + step, longest)) for start in range(0, longest, step)]
         features = torch.cat([self._log_mel(emphasised, *block) for block in blocks], 1)  # [B, T, M]
@@ -90,11 +97,11 @@ class LogMelFrontend:
         variance = centred.square().sum(1, keepdim=True) / (counts - 1).clamp(min=1)
         return centred / (variance.sqrt() + STD_GUARD)
 
-    def _emphasise(self, waveform: Tensor) -> Tensor:
-        """Pre-emphasis, then zeros of half a transform on both sides: [S] -> [S + n_fft]."""
+    def _emphasise(self, waveforms: Tensor) -> Tensor:
+        """Pre-emphasis, then zeros of half a transform on both sides: [..., S] -> [..., S + n_fft]."""
         half = self.config.n_fft // 2
-        padded = F.pad(waveform, (half, half))
-        padded[half + 1 : half + len(waveform)] -= self.config.preemphasis * waveform[:-1]
+        padded = F.pad(waveforms, (half, half))
+        padded[..., half + 1 : half + waveforms.shape[-1]] -= self.config.preemphasis * waveforms[..., :-1]
         return padded
 
     def _log_mel(self, emphasised: Tensor, start: int, end: int) -> Tensor:
@@ -121,6 +128,13 @@ class LogMelFrontend:
             bank = torch.from_numpy(mel_filter_bank(self.config))
             self._constants[device] = (window.to(device), bank.to(device))
         return self._constants[device]
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """A host tensor on the device; a GPU is not waited for, which holds what was sent before."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def _normalise_(features: Tensor) -> None:

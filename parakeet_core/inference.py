@@ -36,6 +36,8 @@ from parakeet_core.encoder import (
 POSITION_STEP = 256  # encoder frames (20 s): position tables grow by whole steps, so that few lengths make them grow
 MIN_TILE_FRAMES = 4  # encoder frames; in smaller tiles a third of the work would be what neighbours compute too
 TILE_BYTES = 4 << 20  # first convolution's output on the CPU: fastest of 512 kB to 16 MB at 32 and at 256 channels
+FORMS = 64  # of compiled code in a process, at most
+COMPILED_FRAMES = 3  # encoder frames; batches of shorter ones run uncompiled
 QUERY_BLOCK = 512  # encoder frames (41 s) whose scores over all keys are in memory at a time, for longer items
 
 
@@ -73,13 +75,16 @@ class InferenceModel(nn.Module):
             return features.new_zeros(features.shape[0], 0, self.config.vocab_size), out_lens
         if padded is None:
             padded = bool((lens < features.shape[1]).any())
-        states = self.subsampling(features, lens if padded else None)
-        padding = Padding.of(out_lens, states.shape[1], states.dtype) if padded else None
-        self.reserve_positions(states.shape[1])
+        frames = self.config.encoder.subsample(features.shape[1])
+        compiled = frames >= COMPILED_FRAMES  # sizes of 1 on the way would each be compiled for
+        subsample = self.subsampling if compiled else self.subsampling.forward
+        states = subsample(features, lens if padded else None)
+        padding = Padding.of(out_lens, frames, states.dtype) if padded else None
+        self.reserve_positions(frames)
         for layer in self.layers:
             # Attention in blocks is a loop, for which a layer would be compiled again at every number of blocks.
-            run = layer if states.shape[1] <= QUERY_BLOCK else layer.forward
-            states = run(states, layer.attention.position_window(states.shape[1]), padding)
+            run = layer if compiled and frames <= QUERY_BLOCK else layer.forward
+            states = run(states, layer.attention.position_window(frames), padding)
         return self.head(states), out_lens
 
     def reserve_positions(self, frames: int) -> None:
@@ -88,14 +93,18 @@ class InferenceModel(nn.Module):
             layer.attention.reserve(frames)
 
     def compile_layers(self, backend: str = "inductor") -> None:
-        """Have each layer run as generated code, which `torch.compile` writes on the first batches.
+        """Have the subsampling and each layer run as generated code, which `torch.compile` writes on the first batches.
 
         The code is of a layer, for any number of items and frames: all layers share it, where a graph of the whole
-        model would take `n_layers` times as long to compile, again for each shape. Six forms exist: for one item, for
-        several, and for several with padding, each for the first layer, whose input is a view, and for the others. What
-        is generated stays in the node's cache (`TORCHINDUCTOR_CACHE_DIR`) for the processes that come after. Batches of
-        more than QUERY_BLOCK encoder frames run as they are: their matrices are large, and their attention is a loop.
+        model would take `n_layers` times as long to compile, again for each shape. Six forms of a layer exist: for one
+        item, for several, and for several with padding, each for the first layer, whose input is a view, and for the
+        others. What is generated stays in the node's cache (`TORCHINDUCTOR_CACHE_DIR`) for the processes that come
+        after. Batches of more than QUERY_BLOCK encoder frames run layers as they are: their matrices are large, and
+        their attention is a loop.
         """
+        # Past the default of 8 forms, and a second dtype in the process has its own, torch would go on uncompiled.
+        torch._dynamo.config.recompile_limit = max(FORMS, torch._dynamo.config.recompile_limit)
+        self.subsampling.compile(backend=backend, dynamic=True)
         for layer in self.layers:
             layer.compile(backend=backend, dynamic=True)
 
@@ -188,8 +197,25 @@ class Padding(NamedTuple):
 class Positions(NamedTuple):
     """A layer's tables over the distances of one batch. Arguments, not state, so that compiled code takes any size."""
 
-    projected: Tensor  # [H, K, P]
-    scores: Tensor  # [H, 1, P]
+    projected: Tensor  # [H, K, P or more]
+    scores: Tensor  # [H, 1, P or more]
+
+    def window(self, distances: slice) -> "Positions":
+        """The tables of some distances, with columns of zeros behind them where the device wants rows aligned.
+
+        By themselves they are 2U - 1 columns, from anywhere in the table.
+        """
+        window = Positions(self.projected[..., distances], self.scores[..., distances])
+        multiple = row_multiple(self.projected.device)
+        if multiple == 1:
+            return window
+        missing = -window.projected.shape[-1] % multiple
+        return Positions(F.pad(window.projected, (0, missing)), F.pad(window.scores, (0, missing)))
+
+
+def row_multiple(device: torch.device) -> int:
+    """Numbers in a row of a matrix are to be a multiple of this: a GPU's fast products read 16 bytes at a time."""
+    return 1 if device.type == "cpu" else 8
 
 
 class FusedLayer(nn.Module):
@@ -255,18 +281,18 @@ class FusedAttention(nn.Module):
             for start in range(0, frames, QUERY_BLOCK):
                 end = min(start + QUERY_BLOCK, frames)
                 seen = slice(frames - end, 2 * frames - 1 - start)  # distances end - 1 ... start - (U - 1)
-                window = Positions(positions.projected[..., seen], positions.scores[..., seen])
-                blocks.append(self._attend(qkv, qkv[:, start:end, 0], window, key_bias))
+                blocks.append(self._attend(qkv, qkv[:, start:end, 0], positions.window(seen), key_bias))
             out = torch.cat(blocks, 2)
         return self.out(out.transpose(1, 2).flatten(2))
 
     def _attend(self, qkv: Tensor, queries: Tensor, positions: Positions, key_bias: Tensor | None) -> Tensor:
         """Queries [B, Q, H, K] over keys and values in qkv [B, U, 3, H, K] at Q + U - 1 distances: [B, H, Q, K]."""
-        batch, frames = queries.shape[:2]
+        batch, count = queries.shape[:2]
         # One product per head over all items' queries: with items in front, positions would be copied for each item.
         by_head = queries.flatten(0, 1).transpose(0, 1)  # [H, B * Q, K]
-        by_distance = torch.baddbmm(positions.scores, by_head, positions.projected)  # [H, B * Q, Q + U - 1]
-        scores = shift_relative(by_distance.unflatten(1, (batch, frames))).transpose(0, 1)  # [B, H, Q, U]
+        by_distance = torch.baddbmm(positions.scores, by_head, positions.projected)  # [H, B * Q, P or more]
+        scores = shift_relative(by_distance.unflatten(1, (batch, count)), keys=qkv.shape[1])
+        scores = scores.transpose(0, 1)  # [B, H, Q, U]
         if key_bias is not None:
             scores = scores + key_bias
         q, k, v = (heads.transpose(1, 2) for heads in (queries, qkv[:, :, 1], qkv[:, :, 2]))  # [B, H, Q or U, K] each
@@ -279,8 +305,7 @@ class FusedAttention(nn.Module):
     def position_window(self, frames: int) -> Positions:
         """Tables of the distances of `frames` encoder frames, which `reserve` has made."""
         centre = self.positions.shape[-1] // 2  # distance 0
-        window = slice(centre - frames + 1, centre + frames)
-        return Positions(self.positions[..., window], self.position_scores[..., window])
+        return Positions(self.positions, self.position_scores).window(slice(centre - frames + 1, centre + frames))
 
     def reserve(self, frames: int) -> None:
         """Extend the position tables to distances of `frames` encoder frames, if they are shorter."""

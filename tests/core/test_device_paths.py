@@ -40,6 +40,18 @@ def test_model_to_scores(dtype, frames, padded):
     assert scored.ids.shape == (3, subsample(frames))
 
 
+@pytest.mark.parametrize("frames", [1, 2, 125, 255, 256, 257, 512])
+def test_positions_have_whole_rows(frames):
+    """A GPU's fast products take rows of a multiple of 16 bytes, from an address that is one."""
+    model = small_model(n_layers=1).to(META, torch.bfloat16).prepare_inference()
+    model.reserve_positions(frames)
+    for table in model.layers[0].attention.position_window(frames):
+        assert table.shape[-1] >= 2 * frames - 1
+        assert table.shape[-1] % 8 == 0
+        assert table.is_contiguous()
+        assert table.storage_offset() == 0
+
+
 def test_features():
     config = FrontendConfig()
     features, lens = LogMelFrontend(config)([torch.zeros(size, device=META) for size in (16_000, 8_000, 100)], META)

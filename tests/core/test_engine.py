@@ -98,9 +98,12 @@ def test_features_where_the_model_is(checkpoint, engine):
     """In their order, whatever their lengths; those of nothing are empty."""
     waveforms = [torch.randn(samples) for samples in (16000, 0, 3200, 8000, 400)]
     found = engine.extract_features(waveforms)
-    for features, waveform in zip(found, waveforms, strict=True):
+    steps = [2.0**-exponent for exponent in (15, 14, 13, 12, 11)]
+    scaled = engine.extract_features([waveform / step for waveform, step in zip(waveforms, steps, strict=True)], steps)
+    for features, again, waveform in zip(found, scaled, waveforms, strict=True):
         expected, _ = checkpoint.frontend([waveform])
         torch.testing.assert_close(features, expected[0], rtol=0, atol=0)
+        torch.testing.assert_close(again, expected[0], rtol=0, atol=0)
 
 
 def test_items_without_frames(engine):

@@ -83,9 +83,9 @@ def test_whole_batch_in_one_go_as_on_a_gpu(block_frames, monkeypatch):
     frontend = LogMelFrontend(FrontendConfig())
     waveforms = [torch.from_numpy(noise(length, length)) for length in (16_000, 160, 319, 100, 0, 48_001)]
     expected, lens = frontend(waveforms)
-    features = frontend._padded(waveforms, lens, lens.device)
+    features = frontend._padded(waveforms, lens.tolist(), lens)
     torch.testing.assert_close(features, expected, rtol=0, atol=1e-4)
-    assert frontend._padded(waveforms[3:5], lens[3:5], lens.device).shape == (2, 0, 80)
+    assert frontend._padded(waveforms[3:5], [0, 0], lens[3:5]).shape == (2, 0, 80)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

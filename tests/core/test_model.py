@@ -188,25 +188,29 @@ def test_plain_model_stays_usable_and_trainable_after_prepare():
     model(features, lens)[0].sum().backward()
 
 
-@given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 3))
+@given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 3), st.integers(0, 7))
 @settings(max_examples=40)
-def test_shift_relative_by_its_definition(queries, keys, heads):
-    scores = torch.randn(2, heads, queries, queries + keys - 1)
-    shifted = shift_relative(scores)
+def test_shift_relative_by_its_definition(queries, keys, heads, more):
+    """`more` columns that nothing is taken from."""
+    scores = torch.randn(2, heads, queries, queries + keys - 1 + more)
+    shifted = shift_relative(scores, keys) if more else shift_relative(scores)
     assert shifted.shape == (2, heads, queries, keys)
     for i in range(queries):
         for j in range(keys):
             torch.testing.assert_close(shifted[..., i, j], scores[..., i, queries - 1 - i + j], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("lens", [[128], [129, 72], [8 * 97, 8 * 97, 8 * 60 + 3]])
+@pytest.mark.parametrize("lens", [[128], [129, 72], [8 * 97, 8 * 97, 8 * 60 + 3], [8 * 18, 8 * 18]])
+@pytest.mark.parametrize("block", [16, inference.QUERY_BLOCK])
+@pytest.mark.parametrize("multiple", [1, 8])
 @torch.no_grad()
-def test_attention_in_blocks_of_queries(lens, monkeypatch):
-    """Long items: the same as all scores at once, whether blocks end with the item or not."""
+def test_attention_in_blocks_of_queries_with_aligned_rows(lens, block, multiple, monkeypatch):
+    """Long items: the same as all scores at once, whether blocks end with the item or not; and with a GPU's columns."""
     model = small_model(seed=5)
     features, lens = random_features(lens)
     expected, out_lens = model(features, lens)
-    monkeypatch.setattr(inference, "QUERY_BLOCK", 16)
+    monkeypatch.setattr(inference, "QUERY_BLOCK", block)
+    monkeypatch.setattr(inference, "row_multiple", lambda device: multiple)
     logits, _ = model.prepare_inference()(features, lens)
     for row, frames in enumerate(out_lens.tolist()):
         assert relative_error(logits[row, :frames], expected[row, :frames]) <= ROUNDING
