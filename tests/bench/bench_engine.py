@@ -29,6 +29,7 @@ CPU_BATCHES = (1, 2, 4, 8)
 CUDA_BATCHES = (1, 16, 64, 256)
 MIX_BATCHES = (1, 4, 8)  # of transformers on the length mix, sorted by length
 PEAK_SIZE = 8192  # rows and columns of the matrices that measure the device's peak
+CUDNN = "cuDNN's attention"
 FLOPS_PER_S_OUTSIDE_LAYERS = 0.19e9  # subsampling and head, per second of audio, at 256 channels and 1024 wide
 
 
@@ -36,8 +37,12 @@ def main() -> None:
     parser = harness.bench_arguments(__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--models", nargs="+", default=["0.6b"], choices=list(MODELS))
-    parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16", INT8])
+    parser.add_argument(
+        "--dtype", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16", "float16", INT8]
+    )
     options = parser.parse_args()
+    if options.device != "cpu" and INT8 in options.dtype:
+        parser.error("int8 is for CPUs")
     torch.set_num_threads(options.threads)
     harness.print_machine(options.device)
     print(f"float32 matrix precision: {torch.get_float32_matmul_precision()}")
@@ -178,6 +183,9 @@ class _GraphOnFirstCall:
 
 def _compare_cuda(reference, model, config: EncoderConfig, batch: int, peak: float) -> list[list[object]]:
     """Rows of one static shape: each library eager, then compiled for it."""
+    torch._dynamo.reset()  # whole models compiled for one shape each would come to torch's limit of forms
+    gc.collect()
+    torch.cuda.empty_cache()  # with the pools of earlier graphs
     ours, layers = model.prepare_inference(), model.prepare_inference()
     layers.compile_layers()
     layers.reserve_positions(config.subsample(CLIP_FRAMES))
@@ -187,6 +195,7 @@ def _compare_cuda(reference, model, config: EncoderConfig, batch: int, peak: flo
     ours.reserve_positions(config.subsample(CLIP_FRAMES))
     contenders = {"transformers eager": lambda: reference(features, attention_mask=mask).logits.argmax(-1)}
     contenders["ours eager"] = lambda: ours(features, lens, padded=False)[0].argmax(-1)
+    contenders[f"ours eager, {CUDNN}"] = contenders["ours eager"]
     # Static shapes and CUDA graphs, as transformers' generation does when it is given a CompileConfig.
     how = {"mode": "reduce-overhead", "fullgraph": True, "dynamic": False}
     compiled_reference = torch.compile(reference.forward, **how)
@@ -200,14 +209,16 @@ def _compare_cuda(reference, model, config: EncoderConfig, batch: int, peak: flo
     rows = []
     for what, run in contenders.items():
         torch.cuda.reset_peak_memory_stats()
+        torch.backends.cuda.enable_cudnn_sdp(not what.startswith("ours") or CUDNN in what)  # torch's default is on
         try:
             start = time.perf_counter()
             run()
             torch.cuda.synchronize()
             first_s = time.perf_counter() - start
             seconds = race({what: run}, 10, "cuda")[what]
-        except torch.OutOfMemoryError:
-            rows.append([batch, what, "out of memory", "", "", ""])
+        except RuntimeError as error:  # out of memory, or what a compiler does not take: the other rows still count
+            print(f"{what}, batch {batch}: {type(error).__name__}: {str(error)[:300]}")
+            rows.append([batch, what, type(error).__name__, "", "", ""])
             torch.cuda.empty_cache()
             continue
         share = batch * model_flops(config, CLIP_FRAMES) / seconds / peak
@@ -223,16 +234,19 @@ def _mix_cuda(name: str, config: EncoderConfig, reference, checkpoint, dtype: st
     features = harness.random_features(lens, config.n_mels)
     audio_s = sum(lens) / harness.FRAMES_PER_S
     runs = {f"transformers eager, {size} sorted": _reference_run(reference, lens, features, size) for size in (32, 128)}
+    runs |= {f"{key}, {CUDNN}": run for key, run in runs.items()}
     paddings = dict.fromkeys(runs, "")
     for budget in (engine.budget_frames / 4, engine.budget_frames, engine.budget_frames * 2):
         key = f"ours, budget of {budget:,.0f} frames"
         runs[key] = _engine_run(engine, features, budget)
         paddings[key] = f"{100 * padding_share(lens, plan_batches(lens, budget)):.1f} %"
-    seconds = race(runs, 2, "cuda")
+    seconds = {}
+    for cudnn in (False, True):  # with it, new shapes are planned for in the first, uncounted round
+        torch.backends.cuda.enable_cudnn_sdp(cudnn)
+        seconds |= race({key: run for key, run in runs.items() if (CUDNN in key) == cudnn}, 2, "cuda")
     rows = [[key, audio_s / seconds[key], paddings[key]] for key in runs]
-    print_table(
-        f"{name}, {dtype}, {len(lens)} lengths of real speech, features on the host", ["what", "RTFx", "padding"], rows
-    )
+    where = f"features on the host, cuDNN {torch.backends.cudnn.version()}"
+    print_table(f"{name}, {dtype}, {len(lens)} lengths of real speech, {where}", ["what", "RTFx", "padding"], rows)
 
 
 if __name__ == "__main__":
