@@ -138,7 +138,8 @@ class TiledSubsampling(nn.Module):
         """`lens` None says that every item fills the batch."""
         if features.device.type == "cpu" and not torch.compiler.is_compiling():
             return self.linear(self._by_item(features, lens))
-        states = features[..., None]  # [B, T, M, 1]
+        # Not by the features' own number: compiled code is for any of it then, of which the compiler makes nothing.
+        states = features.reshape(*features.shape[:2], self.config.n_mels, 1)  # [B, T, M, 1]
         for stage in range(self.config.n_subsampling_stages):
             if lens is not None:
                 valid = valid_frames(lens, states.shape[1])
