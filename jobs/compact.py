@@ -56,6 +56,7 @@ class CompactConfig(StorageConfig):
     """Change OUTPUT/transcripts/ itself; default: write a merged copy under OUTPUT/compacted/."""
 
     def __post_init__(self):
+        super().__post_init__()
         if not self.output:
             raise ConfigError("--output is empty")
         if not 0 < self.target_mb <= 1024:  # a file is put in one request, from memory

@@ -55,8 +55,12 @@ class StorageConfig:
     def __post_init__(self):
         if not self.storage_patience_s >= 0:
             raise ConfigError(f"--storage-patience-s {self.storage_patience_s}: expected 0 or more")
-        if "@" in urlsplit(self.storage().endpoint_url or "").netloc:  # it would stand in every error of botocore
+        endpoint = self.storage().endpoint_url
+        parts = urlsplit(endpoint or "")
+        if "@" in (endpoint or ""):  # it would stand in every error of botocore
             raise ConfigError("the S3 endpoint holds a user or password; credentials come from AWS_* variables only")
+        if endpoint and not (parts.scheme in ("http", "https") and parts.netloc):
+            raise ConfigError(f"the S3 endpoint is {endpoint!r}; expected a URL, as http://localhost:9000")
 
     def storage(self) -> StorageOptions:
         """How to reach object stores, with the credentials of this process, so that workers need none of their own."""

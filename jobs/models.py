@@ -59,8 +59,11 @@ def resolve_model(name: str, storage: StorageOptions) -> ModelReference:
     Raises:
         CheckpointError: not found, not readable, or not a model that is implemented.
     """
-    source = read_source(local_model(name, storage))
+    path = local_model(name, storage)
+    source = read_source(path)
     parameters = sum(math.prod(shape) for shape in source.shapes.values())
+    if scheme_of(name) == "file" and not HUB_ID.match(name):
+        name = str(path)  # the same file in a worker, whatever its working directory
     return ModelReference(name, source.digest(), source.config, source.tokenizer, parameters, storage)
 
 

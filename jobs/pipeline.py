@@ -16,6 +16,7 @@ import ray.data
 
 from jobs.config import PoolSize, TranscribeConfig
 from jobs.models import ModelReference
+from jobs.planning.shards import AUTO_MAX_S
 from jobs.stages import TASKS_PER_ACTOR, ChainedStages, CommitShards, PrepareShards, RecogniseShards
 from jobs.storage.connections import StorageOptions
 from jobs.storage.files import Storage
@@ -113,12 +114,21 @@ def plan_resources(
     feature_pool = config.feature_actors
     if feature_pool is None and slot:
         feature_pool = (1, _at_most(cpus - 1, shards))
-    # A manifest may say anything of a length, but no item is decoded beyond the limit.
-    seconds = min(shard_audio_s, max(config.shard_audio_s or 0, DEFAULT_MAX_DURATION_S))
     bytes_per_s = SAMPLE_BYTES_PER_S if config.features == "gpu" else FEATURE_BYTES_PER_S
-    feature_bytes = READ_AHEAD_BYTES + int(FEATURE_COPIES * seconds * bytes_per_s)
     model_bytes = PROCESS_BYTES + 2 * weight_bytes
     model_cpus = 0.0 if slot else CPU_MODEL_SHARE
+    awaited = None if slots else slot
+    if feature_pool and not slot and feature_pool[0] * FEATURE_SHARE + model_pool[0] * CPU_MODEL_SHARE > cpus:
+        awaited = f"CPUs for model actors: feature actors take {feature_pool[0] * FEATURE_SHARE:g} of {cpus}"
+    # A manifest may say anything of a length, but no item is decoded beyond the limit.
+    seconds = min(shard_audio_s, max(config.shard_audio_s or 0, DEFAULT_MAX_DURATION_S))
+    usual_s = config.shard_audio_s or AUTO_MAX_S
+    if seconds > usual_s and cluster.get("memory"):  # one long item: tried with what there is, not refused with all
+        fewest = feature_pool[0] if feature_pool else min(model_pool[0], slots)
+        others = min(model_pool[0], slots) * model_bytes + (fewest * PROCESS_BYTES if feature_pool else 0)
+        spare = (cluster["memory"] - others) / fewest - READ_AHEAD_BYTES
+        seconds = max(usual_s, min(seconds, spare / (FEATURE_COPIES * bytes_per_s)))
+    feature_bytes = READ_AHEAD_BYTES + int(FEATURE_COPIES * seconds * bytes_per_s)
     resources = Resources(
         device=device,
         feature_pool=feature_pool,
@@ -128,7 +138,7 @@ def plan_resources(
         model_bytes=model_bytes if feature_pool else model_bytes + feature_bytes,
         features=config.features,
         model_resource=config.model_resource,
-        awaited=None if slots else slot,
+        awaited=awaited,
     )
     _check_memory(resources, cluster, slots)
     fit = min(slots, cluster.get("memory", math.inf) // resources.model_bytes)

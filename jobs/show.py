@@ -9,6 +9,7 @@ import pyarrow.dataset as ds
 import tyro
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from jobs.command_line import exit_status
 from jobs.storage.files import Storage
@@ -43,8 +44,9 @@ def _main(arguments: Sequence[str] | None) -> int:
     table = Table("id", "s", "text", "reference", "WER", "conf.", show_lines=False)
     for row in rows.sort_by("id").to_pylist():
         text = row["text"] if row["status"] != "error" else f"[{row['error_message']}]"
-        table.add_row(row["id"], *(_cell(row["duration_s"], "{:.1f}"), text, row["reference"] or ""),
-                      _cell(row["wer"], "{:.0%}"), _cell(row["confidence"], "{:.2f}"))  # fmt: skip
+        cells = (row["id"], _cell(row["duration_s"], "{:.1f}"), text, row["reference"] or "",
+                 _cell(row["wer"], "{:.0%}"), _cell(row["confidence"], "{:.2f}"))  # fmt: skip
+        table.add_row(*map(Text, cells))  # as they are: brackets in a string would be taken for markup
     Console(width=None if sys.stdout.isatty() else 160).print(table)
     return 0
 

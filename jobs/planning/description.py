@@ -12,6 +12,7 @@ from jobs.inputs.scan import InputScan
 from jobs.planning.shards import Plan
 from parakeet_core.batching import plan_batches
 
+MAX_WALL_H = 1e6  # above, no date is given: calendars end
 FRAMES_PER_S = 100  # log-mel frames, hop 10 ms
 BUDGET_FRAMES = 60_000  # 10 min of audio per batch: the order of size that fills a GPU; only the share depends on it
 PADDING_SHARDS = 64  # evenly spaced shards whose batches are laid out; the share changes by under 1 % with more
@@ -72,7 +73,8 @@ class PlanReport:
                 label = f"{low:g}-{high:g} s" if np.isfinite(high) else f"over {low:g} s"
                 found.append(f"length    {label:>12}  {count:>12,}  {'#' * max(1, round(30 * count / most))}")
         if self.gpu_hours is not None:
-            found.append(f"GPU       {self.gpu_hours:,.2f} hours, done about {self.ends:%Y-%m-%d %H:%M}")
+            done = f", done about {self.ends:%Y-%m-%d %H:%M}" if self.ends is not None else ""
+            found.append(f"GPU       {self.gpu_hours:,.2f} hours{done}")
         if self.cost is not None:
             found.append(f"cost      {self.cost:,.2f}")
         return found + [f"warning   {warning}" for warning in self.warnings]
@@ -122,7 +124,7 @@ def describe_plan(
         warnings=tuple(_warnings(plan, median)),
         gpu_hours=gpu_hours,
         cost=gpu_hours * gpu_price_per_hour if gpu_hours is not None and gpu_price_per_hour is not None else None,
-        ends=(now or datetime.now()) + timedelta(hours=wall_h) if wall_h is not None else None,
+        ends=(now or datetime.now()) + timedelta(hours=wall_h) if wall_h is not None and wall_h < MAX_WALL_H else None,
     )
 
 

@@ -90,21 +90,23 @@ def make_unique(facts: RowFacts, new: np.ndarray, folder: str, planned: PlannedI
     everything = bool(new.all())
     numbers = None if everything else np.flatnonzero(new)
     earlier = np.concatenate([planned.plain, planned.given]) if len(planned.given) else planned.plain
+    names_count = not len(planned.given)  # whether `earlier` holds the ids that the plan has made
     while True:
         digest = facts.digest if everything else facts.digest[numbers]
         taken = earlier[contains(sort_digests(digest), earlier)] if len(earlier) else earlier
         rows, occurrence = repeated_rows(np.concatenate([taken, digest]) if len(taken) else digest)
         rows, occurrence = rows[rows >= len(taken)] - len(taken), occurrence[rows >= len(taken)]
-        if not len(rows):
+        if not len(rows) and names_count:
             return renamed
-        rows = rows if everything else numbers[rows]
-        ids = pc.binary_join_element_wise(
-            _ids_of(rows, renamed, folder), pc.cast(pa.array(occurrence), pa.string()), "~"
-        )
-        renamed = _merge(renamed, Renamed(rows, ids, facts.digest[rows]))
-        facts.digest[rows] = digest_strings(ids)
-        if len(planned.given):  # from now on it counts what ids the plan has made, not what it was given
-            earlier = np.concatenate([planned.plain, planned.names])
+        if len(rows):
+            rows = rows if everything else numbers[rows]
+            ids = pc.binary_join_element_wise(
+                _ids_of(rows, renamed, folder), pc.cast(pa.array(occurrence), pa.string()), "~"
+            )
+            renamed = _merge(renamed, Renamed(rows, ids, facts.digest[rows]))
+            facts.digest[rows] = digest_strings(ids)
+        if not names_count:  # which were given what they are called does not count any more: what they are called does
+            earlier, names_count = np.concatenate([planned.plain, planned.names]), True
 
 
 def _merge(before: Renamed, now: Renamed) -> Renamed:

@@ -41,6 +41,8 @@ class Storage:
         self.options = options
         self.scheme = scheme_of(url)
         self.fs, self.root = connect(self.url, options)
+        if self.is_local:
+            self.url = self.root  # the same folder in a worker, whatever its working directory
 
     def __reduce__(self):
         return type(self), (self.url, self.options)

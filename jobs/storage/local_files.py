@@ -17,6 +17,7 @@ from typing import IO
 HIDDEN_PREFIX = ".tmp-"
 FOREIGN_LIFE_S = 86_400.0  # a file of another machine whose last write is older is dead: a write takes seconds
 _NO_LOCKS = frozenset({errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL})  # filesystems without flock
+_NO_LINKS = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK})  # filesystems without hard links
 
 
 def write_local(path: str, data: bytes | IO[bytes], exclusive: bool, temporary_folder: str) -> bool:
@@ -42,7 +43,7 @@ def write_local(path: str, data: bytes | IO[bytes], exclusive: bool, temporary_f
             file.flush()
             os.fsync(handle)
             if exclusive:
-                os.link(temporary, path)  # fails if the path exists, which a rename would not
+                _link(temporary, path)
             else:
                 os.replace(temporary, path)
     except FileExistsError:
@@ -52,6 +53,19 @@ def write_local(path: str, data: bytes | IO[bytes], exclusive: bool, temporary_f
             os.unlink(temporary)
     sync_folder(folder)
     return True
+
+
+def _link(temporary: str, path: str) -> None:
+    """Give the file its name; FileExistsError if there is one of that name, which a rename would replace."""
+    try:
+        os.link(temporary, path)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        # Without hard links (FAT, some network and FUSE mounts) an empty file takes the name, which the whole one then
+        # replaces. Killed between the two, the writer leaves it empty.
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+        os.replace(temporary, path)
 
 
 def _open_locked(folder: str) -> tuple[str, int]:

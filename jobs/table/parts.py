@@ -73,7 +73,8 @@ def find_committed(output: Storage, fingerprint: str, planned: set[str]) -> Comm
     for name in names:
         if (found := PART_NAME.match(name)) and found["fingerprint"] == fingerprint:
             files[name] = frozenset([found["shard"]])
-    foreign = [name for name in names if not (name in files and files[name] <= planned)]
+    seen = [name for name in names if not name.startswith((".", "_"))]  # readers of a table leave such names out
+    foreign = [name for name in seen if not (name in files and files[name] <= planned)]
     if foreign:
         raise ConfigError(
             f"{output.url}/{TABLE_FOLDER}: {len(foreign)} files are not parts of this table "

@@ -16,9 +16,9 @@ GIB = 2**30
 NODE = {"CPU": 16.0, "GPU": 2.0, "memory": 64.0 * GIB}
 
 
-def resources(device: str, cluster: dict, shards: int = 100, **options):
+def resources(device: str, cluster: dict, shards: int = 100, longest_s: float = 1800.0, **options):
     config = job_config("in", "out", **{"model_actors": None} | options)
-    return plan_resources(config, device, cluster, shards, 1800.0, weight_bytes=GIB)
+    return plan_resources(config, device, cluster, shards, longest_s, weight_bytes=GIB)
 
 
 def test_one_model_actor_per_gpu_and_a_cpu_left_beside_the_feature_actors():
@@ -70,6 +70,27 @@ def test_model_actors_that_have_a_place_start_at_once(device, cluster, options, 
 def test_what_does_not_fit_is_refused_instead_of_waiting_for_ever(device, cluster, message):
     with pytest.raises(ConfigError, match=message):
         resources(device, cluster)
+
+
+@pytest.mark.parametrize("options", [{}, {"feature_actors": (1, 2)}, {"shard_audio_s": 3600.0}])
+@pytest.mark.parametrize("memory_gib", [6.0, 7.5, 64.0])
+def test_one_item_said_to_be_long_asks_for_what_there_is(options, memory_gib):
+    """A manifest with "duration": 1e8 on a small node."""
+    cluster = {"CPU": 4.0, "memory": memory_gib * GIB}
+    usual, found = resources("cpu", cluster, **options), resources("cpu", cluster, longest_s=1e8, **options)
+    largest = resources("cpu", {"CPU": 4.0}, longest_s=1e8, **options)
+    assert usual.feature_bytes <= found.feature_bytes <= largest.feature_bytes
+    asked = found.model_bytes + (found.feature_bytes if found.feature_pool else 0)
+    assert asked <= cluster["memory"]
+    assert (found.feature_bytes == largest.feature_bytes) == (memory_gib == 64.0)
+
+
+def test_feature_actors_that_leave_no_cpu_are_told_of():
+    """A cluster may grow, so it is no error; on one that does not nothing would be done."""
+    assert "waits for a node with CPUs" in resources("cpu", {"CPU": 2.0}, feature_actors=(2, 2)).describe()
+    for cpus, pool in ((3.0, (2, 4)), (2.0, (1, 2))):
+        assert resources("cpu", {"CPU": cpus}, feature_actors=pool).awaited is None
+    assert resources("cuda", {"CPU": 2.0, "GPU": 1.0}, feature_actors=(2, 2)).awaited is None
 
 
 MEMORY_AFTER_A_BATCH = """

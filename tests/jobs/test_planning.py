@@ -387,6 +387,13 @@ def test_names_that_were_given_stay_when_repeated_ids_come_in_before_them(storag
     assert grow(storage, placed("c@1", "c@1", "c@1")) == 1  # the same line once more
 
 
+def test_a_name_that_the_plan_made_is_not_given_again_where_nothing_else_repeats(storage):
+    grow(storage, placed("a@1", "a@2"))  # the second is a~2
+    assert grow(storage, placed("a@1", "a@2", "a~2@3")) == 1
+    assert {row["source"][3:]: row["id"] for row in all_rows(storage)} == {"1": "a", "2": "a~2", "3": "a~2~2"}
+    assert grow(storage, placed("a@1", "a@2", "a~2@3")) == 0
+
+
 NAMES = st.tuples(st.sampled_from(["a", "a~2", "a~3", "b"]), st.integers(0, 5))
 
 
