@@ -16,6 +16,7 @@ from jobs.config import TranscribeConfig
 from jobs.inputs.listing import resolve_input
 from jobs.inputs.scan import InputScan, scan_input
 from jobs.models import ModelReference, resolve_model
+from jobs.planning.description import rewritten_warning
 from jobs.planning.generations import RACE, Generation, list_generations
 from jobs.planning.item_digests import planned_items
 from jobs.planning.shards import plan_shards
@@ -149,6 +150,7 @@ def prepare(config: TranscribeConfig) -> Run:
     """
     model = resolve_model(config.model, config.storage())
     try:
+        check_apart(config)
         root = output = Storage(config.output, config.storage())
         dtype = config.dtype if config.dtype != "auto" else recorded_dtype(output)
         identity = None
@@ -198,6 +200,8 @@ def _plan_new_items(
     """Plan the items that no earlier generation holds; one more generation, or none."""
     known = planned_items(output, generations)
     with plan_shards(scan.batches(), config.planning(scan.storage), known, len(generations)) as plan:
+        if plan.rewritten:
+            print(f"note    {rewritten_warning(plan.rewritten)}", file=sys.stderr)
         if plan.shards:
             written = write_plan(output, plan, source)
             if (written.fingerprint, written.options) != (plan.fingerprint, source):
@@ -207,6 +211,19 @@ def _plan_new_items(
         if not generations:
             raise ConfigError(f"{source['input']}: nothing to transcribe")
         return []
+
+
+def check_apart(config: TranscribeConfig) -> None:
+    """Refuse an output that the next run would find in its input."""
+    storage, pattern, name = resolve_input(config.input, config.storage())
+    folder = storage.source("").rstrip("/")
+    output = Storage(config.output, config.storage()).source("").rstrip("/")
+    reached = name is None and (pattern is None or "**" in config.input)
+    if reached and (output == folder or output.startswith(f"{folder}/")):
+        raise ConfigError(
+            f"--output {scrub(config.output)} lies in --input {scrub(config.input)}: the next run would read its files "
+            "as input; give a folder beside it"
+        )
 
 
 def _resolved_input(config: TranscribeConfig) -> str:

@@ -158,6 +158,13 @@ def _hours_basis(plan: Plan) -> str:
     return "estimated from sizes: " + ", ".join(parts)
 
 
+def rewritten_warning(row_groups: int) -> str:
+    return (
+        f"{row_groups:,} row groups are left out: their Parquet files were planned with other ones, and a file written "
+        "again under its name is not transcribed again; give it another name"
+    )
+
+
 def _warnings(plan: Plan, median_bytes: float | None) -> list[str]:
     found = []
     if median_bytes is not None and median_bytes < SMALL_FILE_BYTES:
@@ -170,6 +177,8 @@ def _warnings(plan: Plan, median_bytes: float | None) -> list[str]:
             f"the longest shard holds {plan.shard_audio[0]:,.0f} s, over twice the limit: one large container or file "
             "cannot be divided and may hold the end of the job"
         )
+    if plan.rewritten:
+        found.append(rewritten_warning(plan.rewritten))
     if plan.duplicates:
         found.append(f"{plan.duplicates:,} items have an id that occurred before; they get ~2, ~3, ... behind it")
     return found

@@ -19,7 +19,7 @@ import pyarrow as pa
 from jobs.planning.facts import RowFacts, collect_rows
 from jobs.planning.planned_items import BLOCK_ROWS, PlannedItems
 from jobs.planning.sizing import Rate, estimate_audio_s, measure_rates
-from jobs.planning.unique_ids import Renamed, find_new, make_unique
+from jobs.planning.unique_ids import Renamed, find_new, leave_out_rewritten, make_unique
 from jobs.storage.connections import DEFAULT_OPTIONS, StorageOptions
 from parakeet_core.errors import ConfigError
 
@@ -66,6 +66,7 @@ class Plan:
             unknown content as 0.
         items: items known; with `exact` False there are more, inside tars not opened.
         already_planned: rows left out because an earlier generation holds them.
+        rewritten: row groups among them of Parquet files that were written again under their names.
         duplicates: rows whose id was made unique.
         rates: how seconds were estimated.
         fingerprint: hex digest of the rows' numbers and of the cut.
@@ -82,6 +83,7 @@ class Plan:
     exact: bool
     rejected: int
     already_planned: int
+    rewritten: int
     duplicates: int
     rates: list[Rate]
     fingerprint: str
@@ -125,6 +127,7 @@ def plan_shards(
     planned = planned or PlannedItems()
     facts, codes, sampler = collect_rows(batches, spill.name, planned)
     fresh = find_new(facts, spill.name, planned)
+    rewritten = leave_out_rewritten(facts, fresh)
     renamed = make_unique(facts, fresh, spill.name, planned)
     rates = measure_rates(sampler, options.storage)
     facts.audio_s = estimate_audio_s(rates, codes, facts.size_bytes, facts.audio_s)
@@ -147,6 +150,7 @@ def plan_shards(
         exact=bool((facts.items[order] >= 0).all()),
         rejected=int(facts.rejected[order].sum()),
         already_planned=int(len(facts) - len(order)),
+        rewritten=rewritten,
         duplicates=len(renamed.rows),
         rates=rates,
         fingerprint=_fingerprint(facts, order, shard_of, limit_s),

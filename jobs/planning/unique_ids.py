@@ -63,6 +63,18 @@ def find_new(facts: RowFacts, folder: str, planned: PlannedItems) -> np.ndarray:
     return new
 
 
+def leave_out_rewritten(facts: RowFacts, new: np.ndarray) -> int:
+    """Take from `new` the row groups of Parquet files of which other row groups are known; the number of them.
+
+    A file comes whole. If the plan knows only some of its row groups it has been written again in other ones, whose
+    items are, under the same ids or others, those of the groups that are planned.
+    """
+    known = np.unique(facts.source[facts.container & ~new])
+    rewritten = facts.container & new & np.isin(facts.source, known)
+    new &= ~rewritten
+    return int(rewritten.sum())
+
+
 def _unmatched(digest: np.ndarray, places: np.ndarray, planned: PlannedItems) -> np.ndarray:
     """Rows, in input order, for which the plan has no item of this id and place left. bool [R]."""
     held = Counter(_keys(*planned.places(sort_digests(digest))))

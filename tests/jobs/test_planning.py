@@ -387,6 +387,22 @@ def test_names_that_were_given_stay_when_repeated_ids_come_in_before_them(storag
     assert grow(storage, placed("c@1", "c@1", "c@1")) == 1  # the same line once more
 
 
+def test_a_parquet_file_written_again_in_other_row_groups_has_its_rows_once(storage):
+    def groups(name: str, *sizes: int) -> list[pa.RecordBatch]:
+        firsts = np.cumsum([0, *sizes[:-1]]).tolist()
+        rows = [
+            {"id": f"{name}#{first}", "source": f"/x/{name}", "row_group": n, "audio_s": 1.0 * size, "items": size}
+            for n, (first, size) in enumerate(zip(firsts, sizes, strict=True))
+        ]
+        return batches_of(rows, layout="parquet")
+
+    with plan_shards(groups("d.parquet", 4, 4)) as plan:
+        write_plan(storage, plan)
+    again = groups("d.parquet", 2, 2, 2, 2) + groups("e.parquet", 3, 3)
+    with plan_shards(again, planned=stored_items(storage), generation=1) as plan:
+        assert (plan.items, plan.rewritten) == (6, 2)  # those of e.parquet; d's groups at rows 2 and 6
+
+
 def test_a_name_that_the_plan_made_is_not_given_again_where_nothing_else_repeats(storage):
     grow(storage, placed("a@1", "a@2"))  # the second is a~2
     assert grow(storage, placed("a@1", "a@2", "a~2@3")) == 1

@@ -1,0 +1,113 @@
+"""What a run refuses before Ray starts, in one line that says what to do, and what it takes that looks odd."""
+
+import os
+import pickle
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from job_layouts import TINY_EN, job_config
+from job_samples import audio_bytes
+
+from jobs import show
+from jobs.compact import CompactConfig
+from jobs.models import resolve_model
+from jobs.plan import main as plan_main
+from jobs.preparation import prepare
+from jobs.storage.connections import DEFAULT_OPTIONS
+from jobs.storage.files import Storage
+from jobs.table.parts import TABLE_FOLDER, find_committed
+from jobs.table.schema import TRANSCRIPT_SCHEMA
+from parakeet_core import ConfigError
+
+
+@pytest.fixture
+def clips(tmp_path):
+    folder = tmp_path / "clips"
+    folder.mkdir()
+    (folder / "a.wav").write_bytes(audio_bytes(0.5))
+    (tmp_path / "lists").mkdir()
+    (tmp_path / "lists/a.jsonl").write_text('{"audio_filepath": "../clips/a.wav", "duration": 0.5}\n')
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("input_", "output"),
+    [("clips", "clips/out"), ("clips", "clips"), ("clips/", "clips/x/.."), ("clips/**", "clips/out")],
+)
+def test_an_output_that_the_next_run_would_read_as_input(clips, input_, output):
+    with pytest.raises(ConfigError, match="give a folder beside it"):
+        prepare(job_config(clips.parent / input_, os.path.normpath(clips.parent / output)))
+    assert sorted(os.listdir(clips)) == ["a.wav"]
+
+
+@pytest.mark.parametrize(
+    ("input_", "output"), [("clips", "clips-out"), ("lists/a.jsonl", "lists/out"), ("clips/*.wav", "clips/out")]
+)
+def test_outputs_beside_the_input(clips, input_, output):
+    assert prepare(job_config(clips.parent / input_, clips.parent / output)).shards.num_rows == 1
+
+
+@pytest.mark.parametrize("endpoint", ["localhost:9000", "minio", "ftp://host", "http://"])
+def test_an_endpoint_that_is_no_url(endpoint):
+    with pytest.raises(ConfigError, match="expected a URL, as http://localhost:9000"):
+        job_config("in", "out", s3_endpoint_url=endpoint)
+
+
+def test_options_of_storage_are_checked_by_each_command():
+    with pytest.raises(ConfigError, match="user or password") as refused:
+        CompactConfig(output="out", s3_endpoint_url="user:secret@host")
+    assert "secret" not in str(refused.value)
+
+
+def test_what_file_browsers_and_writers_leave_in_a_table_is_not_taken_for_rows(tmp_path):
+    output = Storage(str(tmp_path))
+    for name in (".DS_Store", "_SUCCESS", ".nfs0001"):
+        output.write_atomic(f"{TABLE_FOLDER}/{name}", b"x")
+    assert not find_committed(output, "f" * 8, set()).files
+    output.write_atomic(f"{TABLE_FOLDER}/notes.txt", b"x")
+    with pytest.raises(ConfigError, match="1 files are not parts of this table \\(notes.txt\\)"):
+        find_committed(output, "f" * 8, set())
+
+
+def test_relative_paths_hold_in_a_process_with_another_working_directory(tmp_path, monkeypatch):
+    """The workers of a cluster that was there before have one of their own."""
+    monkeypatch.chdir(tmp_path)
+    output = Storage("out")
+    output.write_atomic("x", b"y")
+    os.symlink(TINY_EN, "model")
+    packed = pickle.dumps((output, resolve_model("model", DEFAULT_OPTIONS)))
+    monkeypatch.chdir("/")
+    output, model = pickle.loads(packed)  # noqa: S301 - our own bytes
+    assert output.read_bytes("x") == b"y"
+    assert model.load("float32", "cpu").digest == model.digest
+
+
+def test_exclusive_writes_without_hard_links(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(1, "Operation not permitted")  # as of FAT and of some network filesystems
+
+    monkeypatch.setattr(os, "link", refuse)
+    storage = Storage(str(tmp_path))
+    assert storage.write_atomic("x", b"first", exclusive=True)
+    assert not storage.write_atomic("x", b"second", exclusive=True)
+    assert storage.read_bytes("x") == b"first"
+
+
+def test_brackets_are_shown_as_they_are(tmp_path, capsys):
+    rows = [
+        {"id": "a[/b].wav", "source": "/a", "status": "ok", "text": "[bold]so[/bold]"},
+        {"id": "b", "source": "/b", "status": "error", "error_message": "[m.jsonl, line 3] no audio"},
+    ]
+    table = pa.Table.from_pylist(rows, schema=TRANSCRIPT_SCHEMA)
+    (tmp_path / TABLE_FOLDER).mkdir()
+    pq.write_table(table, tmp_path / TABLE_FOLDER / "part-0.parquet")
+    assert show.main([str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    for text in ("a[/b].wav", "[bold]so[/bold]", "[[m.jsonl, line 3] no audio]"):
+        assert text in printed
+
+
+def test_a_rate_that_takes_longer_than_calendars(clips, capsys):
+    assert plan_main(["--input", str(clips), "--rtfx", "1e-12"]) == 0
+    assert "done about" not in capsys.readouterr().out
