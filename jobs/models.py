@@ -29,7 +29,7 @@ class ModelReference:
     """A model as every worker can get it. Can be pickled.
 
     Attributes:
-        name: as the user gave it.
+        name: a URL, an id of the Hugging Face hub or an absolute path.
         digest: sha256 of its weights; a worker refuses anything else.
         config, tokenizer: what the stages without weights need.
         parameters: numbers that its weights hold.

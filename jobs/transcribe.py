@@ -157,6 +157,9 @@ def _stops_named(state: Run) -> Iterator[None]:
     try:
         yield
     except ray.exceptions.RayActorError as error:
+        if "creation task" in str(error):  # Ray's words for what its constructor raised
+            cause = scrub(root_cause(error), state.output.options)
+            raise JobStoppedError(f"a worker could not start: {cause}; {RESUME_HINT}") from error
         raise JobStoppedError(
             f"workers were lost more than {LOST_WORKER_RETRIES} times on one shard, by nodes that went or too little "
             f"memory ({root_cause(error)}); {RESUME_HINT}"

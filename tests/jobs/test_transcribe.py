@@ -15,6 +15,7 @@ import soundfile
 from job_layouts import PROMPTS, TINY_EN, job_config, part_bytes, prompt_records, read_table
 from job_samples import SHARED_SPEECH, audio_bytes
 
+from jobs import transcribe
 from jobs.storage.files import Storage
 from jobs.table.schema import TRANSCRIPT_SCHEMA
 from jobs.transcribe import main, run
@@ -187,6 +188,23 @@ def test_a_job_in_8_bit_integers(layouts, tmp_path):
     with pytest.raises(ConfigError, match="dtype int8 is for CPUs"):
         run(job_config(layouts["files"], tmp_path / "cuda", dtype="int8", device="cuda"))
     assert not (tmp_path / "cuda/job.json").exists()
+
+
+def test_a_worker_without_the_model_says_so(layouts, tmp_path, monkeypatch, capsys):
+    """As on a node that does not share the path; here it goes away after the driver has read it."""
+    shutil.copytree(TINY_EN, tmp_path / "model")
+
+    def claim_and_lose(*arguments):
+        shutil.rmtree(tmp_path / "model")
+        return claim(*arguments)
+
+    claim = transcribe._claim
+    monkeypatch.setattr(transcribe, "_claim", claim_and_lose)
+    options = ["--model", str(tmp_path / "model"), "--input", str(layouts["manifest"])]
+    assert main([*options, "--output", str(tmp_path / "out"), "--device", "cpu", "--model-actors", "1"]) == 1
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith("stopped: a worker could not start")
+    assert "no such file or directory on this node" in line
 
 
 def test_grown_input_becomes_new_shards(layouts, tmp_path):
