@@ -16,7 +16,7 @@ import pyarrow as pa
 from jobs.reading.containers import read_container
 from jobs.sources.reader import ReadItem, SourceFile, SourceReader
 from jobs.storage.connections import DEFAULT_OPTIONS, StorageOptions
-from parakeet_core.errors import ConfigError, ErrorKind, InputError
+from parakeet_core.errors import ErrorKind, InputError
 
 UNKNOWN_BYTES = 4 << 20  # what a source of unknown size is counted as, until it is here
 
@@ -101,8 +101,6 @@ def _fetch(reader: SourceReader, row: dict) -> "bytes | SourceFile | InputError"
         return reader.fetch_or_open(row["source"], row["size_bytes"])
     except InputError as error:
         return error
-    except ConfigError as error:  # a scheme without its package: on this machine the item cannot be had
-        return InputError(ErrorKind.BAD_RECORD, str(error))
 
 
 def _stream_ahead(items: Iterator[ReadItem], limit_bytes: int) -> Iterator[ReadItem]:

@@ -62,6 +62,9 @@ class SourceRules:
             return path
         if scheme not in STORE_SCHEMES:
             raise _refused(path, f"has the scheme {scheme!r}", f"expected a path or one of {sorted(STORE_SCHEMES)}")
+        bucket, _, key = path.partition("://")[2].partition("/")
+        if not bucket or not key.strip("/"):
+            raise _refused(path, "names no object", f"expected {scheme}://bucket/key")
         return path
 
     def _relative(self, path: str, folder: str) -> str:

@@ -21,7 +21,7 @@ from jobs.storage.connections import (
     storage_call,
     storage_errors,
 )
-from jobs.storage.local_files import HIDDEN_PREFIX, remove_dead_temporaries, write_local
+from jobs.storage.local_files import HIDDEN_PREFIX, check_regular, remove_dead_temporaries, write_local
 from jobs.storage.source_file import SourceFile
 from parakeet_core.errors import ErrorKind, InputError
 
@@ -33,7 +33,7 @@ TEMPORARY_FOLDER = ".tmp"  # under the root: what a killed writer leaves must no
 class Storage:
     """A folder on a local disk or a prefix of an object store, reached by names relative to it. Can be pickled.
 
-    All methods raise `InputError` of kind MISSING_OBJECT, FORBIDDEN or STORAGE.
+    All methods raise `InputError` of kind MISSING_OBJECT, FORBIDDEN or STORAGE; `open` also BAD_RECORD.
     """
 
     def __init__(self, url: str, options: StorageOptions = DEFAULT_OPTIONS):
@@ -82,8 +82,9 @@ class Storage:
         return self.call(name, read_object, self.fs, self.path(name))
 
     def open(self, name: str) -> IO[bytes]:
-        """A seekable file for reading, whose failures are `InputError`s."""
+        """A seekable file for reading, whose failures are `InputError`s; BAD_RECORD if it is a pipe or a device."""
         if self.is_local:  # a real file: Arrow reads it faster than a Python object
+            self.call(name, check_regular, self.path(name))
             return self.call(name, open, self.path(name), "rb")
         return SourceFile(self.source(name), self.options, block_bytes=READ_BLOCK_BYTES)
 

@@ -9,15 +9,32 @@ import os
 import platform
 import re
 import shutil
+import stat
 import time
 import uuid
 from contextlib import suppress
 from typing import IO
 
+from parakeet_core.errors import ErrorKind, InputError
+
 HIDDEN_PREFIX = ".tmp-"
 FOREIGN_LIFE_S = 86_400.0  # a file of another machine whose last write is older is dead: a write takes seconds
 _NO_LOCKS = frozenset({errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL})  # filesystems without flock
 _NO_LINKS = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK})  # filesystems without hard links
+
+
+def check_regular(path: str) -> None:
+    """Refuse what is not a regular file, before it is opened: a pipe would wait for ever, a device need never end.
+
+    Raises:
+        OSError: the path is not there or may not be looked at.
+        InputError: BAD_RECORD.
+    """
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode):
+        kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+        found = kinds.get(stat.S_IFMT(mode), "a device")
+        raise InputError(ErrorKind.BAD_RECORD, f"{path}: this is {found}; expected a regular file, name one or copy it")
 
 
 def write_local(path: str, data: bytes | IO[bytes], exclusive: bool, temporary_folder: str) -> bool:

@@ -4,6 +4,7 @@ import io
 from functools import partial
 
 from jobs.storage.connections import StorageOptions, connect, scheme_of, storage_call
+from jobs.storage.local_files import check_regular
 from parakeet_core.errors import InputError
 
 SEEK_BLOCK_BYTES = 1 << 20  # 32 s of 16 kHz 16-bit: a segment is mostly one request
@@ -23,6 +24,7 @@ class SourceFile(io.RawIOBase):
         self.error: InputError | None = None
         fs, path = connect(source, options)
         if scheme_of(source) == "file":
+            storage_call(partial(check_regular, path), source, options)
             opening = partial(open, path, "rb", buffering=0)
         else:
             known = {"size": size_bytes} if size_bytes is not None else {}

@@ -3,6 +3,7 @@
 import contextlib
 import gzip
 import json
+import os
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -83,6 +84,15 @@ def test_unusable_inputs_stop_before_any_work(storage, case):
     }[case]
     with pytest.raises(ConfigError):
         rows_of(storage, url, **options)
+
+
+def test_pipes_among_manifests_and_parquet_files_do_not_hang_the_planning(tmp_path):
+    os.mkfifo(tmp_path / "m.jsonl")
+    with pytest.raises(ConfigError, match="this is a pipe"):
+        rows_of(Storage(str(tmp_path)))
+    (tmp_path / "m.jsonl").rename(tmp_path / "p.parquet")
+    (row,) = rows_of(Storage(str(tmp_path)))
+    assert (row["id"], row["error_kind"]) == ("p.parquet", "bad_record")
 
 
 def test_manifest_lines_become_items(storage):
@@ -174,6 +184,10 @@ REFUSED = [
     "x.wav::file:///etc/passwd",
     "http://169.254.169.254/latest/meta-data/",
     "https://example.org/a.wav",
+    "s3://bucketonly",
+    "s3://bucketonly//",
+    "gs://",
+    "s3:///key",
 ]
 
 

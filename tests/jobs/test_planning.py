@@ -308,6 +308,20 @@ def test_audio_whose_headers_give_no_length_is_estimated_from_its_size(tmp_path)
         assert [rate.item_s for rate in plan.rates] == pytest.approx([3.0])
 
 
+def test_samples_that_cannot_be_opened_leave_the_nominal_rate(tmp_path):
+    """Without gcsfs here; a pipe must not hang the planning either."""
+    os.mkfifo(tmp_path / "pipe.wav")
+    lines = [{"audio_filepath": name} for name in ("gs://b/a.wav", "pipe.wav", "/dev/zero", "s3://bucketonly")]
+    (tmp_path / "m.jsonl").write_bytes(jsonl(*lines))
+    for url in (tmp_path / "m.jsonl", tmp_path / "pipe.wav"):
+        with scan_input(InputOptions(str(url))) as scan, plan_shards(scan.batches()) as plan:
+            assert [rate.measured for rate in plan.rates] == [0]
+            assert plan.items == (1 if url.suffix == ".wav" else 4)
+    unopenable = [{"id": "a", "source": "s3://bucketonly"}, {"id": "b", "source": "nosuch://b/a.wav"}]
+    with plan_shards(batches_of(unopenable)) as plan:
+        assert [rate.measured for rate in plan.rates] == [0]
+
+
 def test_a_dry_run_writes_nothing(tmp_path):
     source = tmp_path / "in"
     Storage(str(source)).write_atomic("a.wav", audio_bytes(1.0))

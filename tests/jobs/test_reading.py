@@ -116,6 +116,47 @@ def test_missing_empty_and_rejected_files_are_items(storage):
     }
 
 
+def test_what_is_not_a_regular_file_is_a_bad_record_and_is_not_opened(tmp_path):
+    (tmp_path / "a.wav").write_bytes(audio_bytes(0.1))
+    (tmp_path / "link.wav").symlink_to("a.wav")
+    (tmp_path / "self.wav").symlink_to("self.wav")
+    (tmp_path / "folder.wav").mkdir()
+    os.mkfifo(tmp_path / "pipe.wav")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(tmp_path / "socket.wav"))
+        names = ["a.wav", "link.wav", "self.wav", "folder.wav", "pipe.wav", "socket.wav", "/dev/zero", "none.wav"]
+        (tmp_path / "m.jsonl").write_bytes(jsonl(*({"audio_filepath": name} for name in names)))
+        items = {item.id: item for item in read(Storage(str(tmp_path)), "m.jsonl")}
+    bad = dict.fromkeys(["folder.wav", "pipe.wav", "socket.wav", "/dev/zero"], "bad_record")
+    good = {"a.wav": "bytes", "link.wav": "bytes"}
+    assert kinds(list(items.values())) == good | bad | {"self.wav": "storage", "none.wav": "missing_object"}
+    assert items["/dev/zero"].payload.message.startswith("/dev/zero: this is a device; expected a regular file")
+    reader = SourceReader()
+    for name in bad:
+        path = os.path.join(tmp_path, name)
+        for opening in (reader.open, reader.stream, lambda path: reader.fetch_or_open(path, 1 << 40)):
+            with pytest.raises(InputError) as caught:
+                opening(path)
+            assert caught.value.kind == ErrorKind.BAD_RECORD
+
+
+def test_containers_that_are_pipes_are_one_error(tmp_path):
+    os.mkfifo(tmp_path / "x.tar")
+    assert kinds(read(Storage(str(tmp_path)))) == {"x.tar#rest": "bad_record"}
+
+
+def test_urls_that_no_storage_can_open_are_bad_records(s3_server):
+    """Also in containers, and where planning has not refused them: a worker may lack a package that the driver has."""
+    names = ["s3://bucketonly", "s3://", "nosuch://bucket/a.wav"]
+    for layout in ("file", "tar", "parquet"):
+        columns = {"id": [f"{n}#0" for n in names], "source": names, "row_group": [0] * 3, "items": [1] * 3}
+        rows = pa.Table.from_batches([plan_batch(layout, columns | {"size_bytes": [1 << 40] * 3})])
+        items = list(read_items(rows, s3_server.options))
+        assert len(items) == 3
+        assert set(kinds(items).values()) == {"bad_record"}
+        assert all(item.source in item.payload.message for item in items)
+
+
 def test_forbidden_file_is_an_item(tmp_path):
     (tmp_path / "a.wav").write_bytes(b"1")
     (tmp_path / "a.wav").chmod(0)
