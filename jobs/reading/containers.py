@@ -83,14 +83,16 @@ class _Pieces:
 def read_tar(tar_id: str, source: str, reader: SourceReader) -> Iterator[ReadItem]:
     """The items of a WebDataset tar: its audio members, with the `.txt` and `.json` members of the same key.
 
-    Ids are `tar_id/key`; the 2nd, 3rd, ... audio of one key get `~2`, `~3`. What lies behind a tear is one error row.
+    Ids are `tar_id/key`; the 2nd, 3rd, ... audio of one key get `~2`, `~3`. What lies behind a tear is one error row,
+    and so is a tar whose members are all something else; one without members holds no item, and gives none.
     """
     taken: set[str] = set()
-    done = 0
+    done, others, example = 0, 0, ""
     try:
         with reader.stream(source) as file:
             try:
                 for key, members in _groups(file):
+                    others, example = others + len(members), example or members[0][0].name
                     for item in _tar_items(key, members, tar_id, source):
                         item.id = _unused(item.id, taken)
                         done += 1
@@ -98,6 +100,10 @@ def read_tar(tar_id: str, source: str, reader: SourceReader) -> Iterator[ReadIte
             except _TEAR as error:
                 message = f"{source}: the archive breaks after {done} items ({error}); write it again or fetch it again"
                 raise InputError(ErrorKind.TORN_ARCHIVE, message) from error
+        if others and not done:
+            found = f"{others} members, none of them audio, e.g. {example!r:.200}"
+            advice = "expected members such as key.wav or key.flac; unpack archives inside, or leave this tar out"
+            raise InputError(ErrorKind.BAD_RECORD, f"{source}: {found}; {advice}")
     except InputError as error:
         yield ReadItem(_unused(f"{tar_id}#rest", taken), source, error)
 

@@ -247,6 +247,16 @@ def test_texts_of_a_tar_are_valid_utf8_and_valid_json(tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["w", "w:gz"])
+def test_a_tar_without_audio_says_so_in_one_row(storage, mode):
+    inner = tar_bytes({"a.wav": audio_bytes(0.1)})
+    storage.write_atomic("t/nested.tar", tar_bytes({"inner.tar": inner, "b.txt": b"x", "b.json": b"{}"}, mode))
+    storage.write_atomic("t/empty.tar", tar_bytes({}, mode))
+    (item,) = read(storage, "t")  # a tar without members holds no item
+    assert kinds([item]) == {"nested.tar#rest": "bad_record"}
+    assert "3 members, none of them audio, e.g. 'inner.tar'; expected" in item.payload.message
+
+
+@pytest.mark.parametrize("mode", ["w", "w:gz"])
 def test_tar_members_become_items(storage, mode):
     name = "x.tar" if mode == "w" else "x.tar.gz"
     storage.write_atomic(name, tar_bytes(TAR, mode))
