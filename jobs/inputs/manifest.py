@@ -149,7 +149,6 @@ def parse_line(line: bytes, folder: str, rules: SourceRules) -> dict:
     offset_s, duration_s = _seconds(record, "offset"), _seconds(record, "duration")
     channel = _channel(record.get("channel"))
     text = record.get("text")
-    extra = {key: value for key, value in record.items() if key not in _OWN_KEYS}
     segment = offset_s is not None
     row = {
         "id": _identity(record.get("id"), path, offset_s, duration_s, channel),
@@ -160,12 +159,26 @@ def parse_line(line: bytes, folder: str, rules: SourceRules) -> dict:
         "audio_s": duration_s,
         "items": 1,
         "reference": text if isinstance(text, str) else None,
-        "extra": mask_signatures(json.dumps(extra, ensure_ascii=False)) if extra else None,
+        "extra": _extra(record),
     }
     for value in row.values():
         if isinstance(value, str):
             _check_text(value)
     return row
+
+
+def _extra(record: dict) -> str | None:
+    """The other keys of a line, as JSON; None if there are none."""
+    extra = {key: value for key, value in record.items() if key not in _OWN_KEYS}
+    if not extra:
+        return None
+    try:
+        return mask_signatures(json.dumps(extra, ensure_ascii=False, allow_nan=False))
+    except (ValueError, RecursionError) as error:  # 1e999 is read as infinity; lists 994 deep are read, not written
+        raise _bad(
+            f"the keys {', '.join(extra)!r:.60} cannot be carried through as JSON ({error}); "
+            "expected finite numbers, and fewer levels"
+        ) from error
 
 
 def _identity(given: object, path: str, offset_s: float | None, duration_s: float | None, channel: int | None) -> str:

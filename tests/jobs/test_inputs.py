@@ -136,6 +136,7 @@ BAD_LINES = {
     "negative channel": ("bad_channel", '{"audio_filepath": "a.wav", "channel": -1}'),
     "deep": ("bad_record", '{"audio_filepath": "a.wav", "x": ' + "[" * 100_000 + "]" * 100_000 + "}"),
     "long": ("bad_record", '{"audio_filepath": "a.wav", "x": "' + "y" * MAX_LINE_BYTES + '"}'),
+    "infinite by digits in another key": ("bad_record", '{"audio_filepath": "a.wav", "x": [{"snr": -1e999}]}'),
     "huge number": ("bad_record", '{"audio_filepath": "a.wav", "offset": ' + "9" * 5000 + "}"),
 }
 
@@ -170,6 +171,16 @@ def test_torn_gzip_manifest_gives_its_lines_and_one_error(tmp_path):
     assert len(rows) > 100
     assert [row["error_kind"] for row in rows[:-1]] == [None] * (len(rows) - 1)
     assert rows[-1]["error_kind"] == "torn_archive"
+
+
+@pytest.mark.parametrize("brackets", ["[]", '{"k":', "[{"])
+def test_no_depth_of_a_line_ends_the_scan(brackets):
+    for depth in range(900, 1001):  # Python's limit on recursion is 1000, and is met at another depth by each function
+        opening, closing = brackets.partition("]")[0], {"[]": "]", '{"k":': "}", "[{": "}]"}[brackets]
+        value = opening * depth + "1" + closing * depth
+        for key in ("x", "audio_filepath", "offset", "duration", "channel", "id", "text"):
+            with contextlib.suppress(InputError):
+                parse_line(f'{{"audio_filepath": "a.wav", "{key}": {value}}}'.encode(), "/m", LOCAL)
 
 
 REFUSED = [
