@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 
 import pyarrow as pa
 import pyarrow.compute as pc
+from fsspec.utils import glob_translate
 
 import parakeet_core
 from jobs.config import TranscribeConfig
@@ -229,4 +230,5 @@ def check_apart(config: TranscribeConfig) -> None:
 def _resolved_input(config: TranscribeConfig) -> str:
     """The input in one spelling, whatever the working directory and the slashes."""
     storage, pattern, name = resolve_input(config.input, config.storage())
-    return scrub("/".join(part for part in (storage.source(""), pattern, name) if part))
+    spelt = glob_translate(pattern) if pattern else name  # as the plans of outputs that are there already have it
+    return scrub("/".join(part for part in (storage.source(""), spelt) if part))

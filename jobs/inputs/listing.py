@@ -12,11 +12,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from fsspec.utils import glob_translate
 
-from jobs.storage.connections import S3_SCHEMES, StorageOptions, s3_pages, storage_errors
+from jobs.storage.connections import S3_SCHEMES, StorageOptions, s3_pages, scrub, storage_errors
 from jobs.storage.files import Storage
+from parakeet_core.errors import ConfigError
 
 LISTING_SCHEMA = pa.schema([pa.field("name", pa.string()), pa.field("size_bytes", pa.int64())])
 BATCH_FILES = 16_384  # about 1.5 MB of names: large enough for Arrow to be fast, small enough to hold several
+WILDCARD = r"[*?\[]"  # what makes a URL a glob, as in fsspec
 HIDDEN = r"(^|/)[._]"  # the rule of Hadoop and Spark: a file or folder that starts with . or _ is not data
 
 
@@ -24,21 +26,44 @@ def resolve_input(url: str, options: StorageOptions) -> tuple[Storage, str | Non
     """Split an input URL into the storage of its root and what to take of it.
 
     Returns:
-        (storage, pattern, name): the whole folder if both are None; files matching the regular expression `pattern`, if
+        (storage, pattern, name): the whole folder if both are None; files matching the glob `pattern`, if
         the URL holds `*`, `?` or `[`; or the one file `name`.
+
+    Raises:
+        ConfigError: the URL holds `*`, `?` or `[`, but is not a pattern.
+        InputError: nothing is there, or the storage fails.
     """
     url = url.rstrip("/") if len(url) > 1 else url
     storage = Storage(url, options)
     whole = storage.root
-    if re.search(r"[*?\[]", whole) and not storage.exists(""):
-        folders = re.split(r"/(?=[^/]*[*?\[])", whole, maxsplit=1)[0]
-        rest = whole[len(folders) + 1 :]
-        root = Storage(folders if storage.is_local else f"{storage.scheme}://{folders}", options)
-        return root, glob_translate(rest), None
+    # Only what was given: the working directory is not a pattern, though its name may hold a bracket.
+    given = os.path.normpath(url.removeprefix("file://")) if storage.is_local else whole
+    if re.search(WILDCARD, given) and not storage.exists(""):
+        return _resolve_glob(storage, given)
     if is_file(storage):
         parent, _, name = whole.rpartition("/")
         return Storage((parent or "/") if storage.is_local else f"{storage.scheme}://{parent}", options), None, name
     return storage, None, None
+
+
+def _resolve_glob(storage: Storage, given: str) -> tuple[Storage, str, None]:
+    """The storage of the folders before the first wildcard of `given`, and the rest of it."""
+    parts = given.split("/")
+    first = next(number for number, part in enumerate(parts) if re.search(WILDCARD, part))
+    folders, glob = "/".join(parts[:first]), "/".join(parts[first:])
+    try:
+        glob_translate(glob)
+    except ValueError as error:
+        raise ConfigError(
+            f"{scrub(given)}: not a pattern; `**` stands for whole folders, as in `folder/**/*.flac`; "
+            "within a name, use `*`"
+        ) from error
+    if storage.is_local:
+        root = folders or ("/" if given.startswith("/") else os.curdir)
+        return Storage(os.path.abspath(root), storage.options), glob, None
+    if not folders:
+        raise ConfigError(f"{scrub(storage.url)}: the bucket is a pattern; expected its name, and a pattern behind it")
+    return Storage(f"{storage.scheme}://{folders}", storage.options), glob, None
 
 
 def is_file(storage: Storage) -> bool:
@@ -65,7 +90,7 @@ def list_files(storage: Storage, pattern: str | None = None, name: str | None = 
     """All files under the storage's root as batches of `LISTING_SCHEMA`, in no promised order.
 
     Args:
-        pattern: keep only names that match this regular expression.
+        pattern: keep only names that match this glob.
         name: only this one file.
 
     Raises:
@@ -76,7 +101,7 @@ def list_files(storage: Storage, pattern: str | None = None, name: str | None = 
             yield _batch([name], [storage.size(name)])
             return
         if storage.is_local:
-            found = _walk_local(storage.root)
+            found = _walk_local(storage.root, pattern)
         elif storage.scheme in S3_SCHEMES:
             found = _walk_s3(storage)
         else:
@@ -100,11 +125,22 @@ def _batch(names: list[str], sizes: list[int]) -> pa.RecordBatch:
 def _matching(batch: pa.RecordBatch, pattern: str | None) -> pa.RecordBatch:
     if pattern is None:
         return batch
-    matcher = re.compile(pattern)
+    matcher = re.compile(glob_translate(pattern))
     return batch.filter(pa.array([matcher.match(name) is not None for name in batch["name"].to_pylist()], pa.bool_()))
 
 
-def _walk_local(root: str) -> Iterator[tuple[str, int]]:
+def _may_hold(folder: str, pattern: str | None) -> bool:
+    """Whether a file below `folder` can match the glob; `/*.wav` must not walk the whole machine."""
+    if pattern is None:
+        return True
+    parts, names = pattern.split("/"), folder.split("/")
+    fixed = parts[: parts.index("**")] if "**" in parts else parts[:-1]
+    if len(names) > len(fixed) and "**" not in parts:
+        return False
+    return all(re.match(glob_translate(part), name) for part, name in zip(fixed, names, strict=False))
+
+
+def _walk_local(root: str, pattern: str | None) -> Iterator[tuple[str, int]]:
     if not os.path.isdir(root):
         raise FileNotFoundError(root)
     inside = os.path.realpath(root) + os.sep
@@ -125,9 +161,11 @@ def _walk_local(root: str) -> Iterator[tuple[str, int]]:
             for entry in entries:
                 name = f"{folder}/{entry.name}" if folder else entry.name
                 if entry.is_dir(follow_symlinks=False):
-                    waiting.append(name)
+                    if _may_hold(name, pattern):
+                        waiting.append(name)
                 elif entry.is_symlink() and os.path.isdir(entry.path):
-                    links.append(name)
+                    if _may_hold(name, pattern):
+                        links.append(name)
                 else:
                     yield name, _local_size(entry)
 
@@ -135,8 +173,8 @@ def _walk_local(root: str) -> Iterator[tuple[str, int]]:
 def _local_size(entry: os.DirEntry) -> int:
     try:
         return entry.stat().st_size
-    except FileNotFoundError:
-        return 0  # deleted since, or a broken link: stays an item, and becomes a MISSING_OBJECT row when it is read
+    except OSError:
+        return 0  # deleted since, a broken link, a link to itself: stays an item, and reading it says what is wrong
 
 
 def _walk_s3(storage: Storage) -> Iterator[tuple[str, int]]:

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from job_samples import SHARED_SPEECH, audio_bytes, jsonl, tar_bytes
 
+from jobs.inputs.listing import _walk_local, list_files, resolve_input
 from jobs.inputs.manifest import MAX_LINE_BYTES, parse_line
 from jobs.inputs.scan import InputOptions, scan_input
 from jobs.sources.rules import SourceRules, check_host
@@ -84,6 +85,63 @@ def test_unusable_inputs_stop_before_any_work(storage, case):
     }[case]
     with pytest.raises(ConfigError):
         rows_of(storage, url, **options)
+
+
+def globbed(url: str) -> list[str]:
+    """Sources of a local glob's files."""
+    with scan_input(InputOptions(url, format="files")) as scan:
+        return sorted(row["source"] for batch in scan.batches() for row in batch.to_pylist())
+
+
+def test_a_glob_starts_where_it_says_and_not_in_the_working_directory(tmp_path, monkeypatch):
+    inside = tmp_path / "br[1]"
+    (inside / "sub").mkdir(parents=True)
+    for path in (inside / "a.flac", inside / "sub/b.flac", tmp_path / "c.flac"):
+        path.write_bytes(b"1")
+    monkeypatch.chdir(inside)
+    assert globbed("*.flac") == globbed("./*.flac") == [str(inside / "a.flac")]
+    assert globbed("sub/*.flac") == globbed("s*/b.flac") == [str(inside / "sub/b.flac")]
+    assert globbed("**/*.flac") == [str(inside / "a.flac"), str(inside / "sub/b.flac")]
+    assert globbed("../*.flac") == globbed(f"file://{tmp_path}/?.flac") == [str(tmp_path / "c.flac")]
+    with pytest.raises(ConfigError, match="cannot be listed.*no such object"):
+        globbed("none.flac")  # is not a pattern for what lies beside br[1]
+    root, pattern, name = resolve_input("/*.flac", Storage("/").options)
+    assert (root.root, name) == ("/", None)
+    assert not [n for batch in list_files(root, pattern) for n in batch["name"].to_pylist() if "/" in n]
+
+
+def test_a_glob_enters_only_folders_that_can_hold_a_match(tmp_path):
+    for name in ("a/x/1.wav", "a/y/2.wav", "b/x/3.wav", "a/x/deep/4.wav"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"1")
+    (tmp_path / "zz").symlink_to(tmp_path / "zz")  # a link to itself, which no pattern below asks for
+
+    def entered(glob: str) -> list[str]:
+        """Folders whose files were listed, whether they match or not."""
+        return sorted({name.rpartition("/")[0] for name, _ in _walk_local(str(tmp_path), glob)} - {""})
+
+    assert entered("*.wav") == []
+    assert entered("a/*/*.wav") == ["a/x", "a/y"]
+    assert entered("?/x/*.wav") == ["a/x", "b/x"]
+    assert entered("a/**/*.wav") == ["a/x", "a/x/deep", "a/y"]
+    assert entered("**") == ["a/x", "a/x/deep", "a/y", "b/x"]
+
+
+@pytest.mark.parametrize("glob", ["a**.flac", "**a/b.flac", "a/***"])
+def test_what_is_not_a_pattern_is_refused_in_one_line(storage, glob):
+    storage.write_atomic("a.flac", b"1")
+    with pytest.raises(ConfigError, match=r"not a pattern; `\*\*` stands for whole folders") as caught:
+        rows_of(storage, glob)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_cannot_be_looked_at_stays_an_item(tmp_path):
+    (tmp_path / "good.wav").write_bytes(b"123")
+    (tmp_path / "self.wav").symlink_to("self.wav")
+    (tmp_path / "gone.wav").symlink_to("nothing")
+    os.mkfifo(tmp_path / "pipe.wav")
+    sizes = {row["id"]: row["size_bytes"] for row in rows_of(Storage(str(tmp_path)))}
+    assert sizes == {"good.wav": 3, "self.wav": 0, "gone.wav": 0, "pipe.wav": 0}
 
 
 def test_pipes_among_manifests_and_parquet_files_do_not_hang_the_planning(tmp_path):
