@@ -20,12 +20,14 @@ def dry_run(config: InputConfig, planned: PlannedItems | None = None) -> int:
         planned: what the output has planned already (`jobs.planning.item_digests.planned_items`).
 
     Raises:
-        ConfigError: the input cannot be used.
+        ConfigError: the input cannot be used, or holds nothing.
     """
     with (
         scan_input(config.reading()) as scan,
         plan_shards(scan.batches(), config.planning(scan.storage), planned) as plan,
     ):
+        if not len(plan.facts) and not planned:
+            raise scan.no_items(config.input)
         report = describe_plan(plan, scan, config.rtfx, config.gpu_hour_price, config.gpus)
     print("\n".join(report.lines()))
     return 0

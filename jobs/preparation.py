@@ -210,7 +210,7 @@ def _plan_new_items(
             print(f"plan    {plan.shards} shards, about {hours(plan.audio_s)}", file=sys.stderr)
             return [written]
         if not generations:
-            raise ConfigError(f"{source['input']}: nothing to transcribe")
+            raise scan.no_items(config.input)
         return []
 
 

@@ -98,6 +98,15 @@ class InputScan:
         """Plan rows, batches of `PLAN_SCHEMA`; `audio_s` is null where it has to be estimated. May be called again."""
         return self.open_batches()
 
+    def no_items(self, url: str) -> ConfigError:
+        """What to raise where `batches` gives no row.
+
+        Args:
+            url: the input as the user has named it.
+        """
+        found = f"the listing has {self.counts.describe()}, and there is no item in them"
+        return ConfigError(f"{scrub(url)}: nothing to transcribe; {found}; expected at least one, check what writes it")
+
     def close(self) -> None:
         self.spill.cleanup()
 
@@ -123,7 +132,7 @@ def scan_input(options: InputOptions, listing: Iterator[pa.RecordBatch] | None =
             listing = list_files(storage, pattern, name)
         else:
             storage, name = Storage(options.url, options.storage), None
-        spill, counts = spill_listing(listing)
+        spill, counts = spill_listing(listing, named=name is not None)
     except InputError as error:
         raise ConfigError(f"the input cannot be listed: {error.message}") from error
     chosen, reason = choose_format(options, counts, name)
@@ -154,17 +163,21 @@ def file_rows(storage: Storage, listing: Iterator[pa.RecordBatch]) -> Iterator[p
         yield plan_batch("file", {"id": names, "source": sources, "size_bytes": batch["size_bytes"], "items": items})
 
 
-def spill_listing(listing: Iterator[pa.RecordBatch]) -> tuple[tempfile.TemporaryDirectory, ListingCounts]:
+def spill_listing(
+    listing: Iterator[pa.RecordBatch], named: bool = False
+) -> tuple[tempfile.TemporaryDirectory, ListingCounts]:
     """Write the listing to a temporary Arrow file, without hidden files, and count what it holds.
 
     The layout is known only after the last file, and 10 million names are a gigabyte: so they wait on disk.
+
+    Args:
+        named: the listing is the one file that the user named: wanted, even if its name is a hidden one.
     """
     folder = tempfile.TemporaryDirectory(prefix="parakeet-listing-")
     hidden, extensions = 0, Counter()
     with pa.OSFile(f"{folder.name}/listing.arrow", "wb") as file, _ipc_writer(file, LISTING_SCHEMA) as writer:
         for batch in listing:
-            keep = pc.invert(hidden_files(batch["name"]))
-            kept = batch.filter(keep)
+            kept = batch if named else batch.filter(pc.invert(hidden_files(batch["name"])))
             hidden += len(batch) - len(kept)
             for entry in pc.value_counts(extension_of(kept["name"])).to_pylist():
                 extensions[entry["values"]] += entry["counts"]

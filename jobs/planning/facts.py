@@ -71,7 +71,8 @@ def collect_rows(
             columns["container"].append(_mask(pc.not_equal(batch["layout"], "file")))
             columns["rejected"].append(_mask(pc.is_valid(batch["error_kind"])))
             columns["codes"].append(sampler.add(batch, digest[:, 0], ~planned.holds(digest)))
-    empty = {"digest": np.empty((0, 2), np.uint64), "codes": np.empty(0, np.int16), "container": np.empty(0, bool)}
+    empty = {"digest": np.empty((0, 2), np.uint64), "codes": np.empty(0, np.int16)}
+    empty |= {"container": np.empty(0, bool), "rejected": np.empty(0, bool)}
     arrays = {}
     for name in list(columns):  # one column at a time, so that only one is in memory twice
         chunks = columns.pop(name)

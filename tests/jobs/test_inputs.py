@@ -87,6 +87,16 @@ def test_unusable_inputs_stop_before_any_work(storage, case):
         rows_of(storage, url, **options)
 
 
+def test_a_named_file_is_read_though_its_name_is_hidden(storage):
+    storage.write_atomic("m/_m.jsonl", jsonl({"audio_filepath": "a.wav"}))
+    storage.write_atomic("m/.a.wav", b"1")
+    assert [row["id"] for row in rows_of(storage, "m/_m.jsonl")] == ["a.wav"]
+    assert [row["id"] for row in rows_of(storage, "m/_m.jsonl", format="manifest")] == ["a.wav"]
+    assert [row["id"] for row in rows_of(storage, "m/.a.wav")] == [".a.wav"]
+    with pytest.raises(ConfigError, match="2 hidden files"):
+        rows_of(storage, "m")
+
+
 def globbed(url: str) -> list[str]:
     """Sources of a local glob's files."""
     with scan_input(InputOptions(url, format="files")) as scan:

@@ -17,8 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from job_samples import SHARED_SPEECH, audio_bytes, jsonl, tar_bytes
 
+from jobs.config import InputConfig
 from jobs.inputs.plan_rows import digest_strings, plan_batch
 from jobs.inputs.scan import InputOptions, scan_input
+from jobs.plan import dry_run
+from jobs.plan import main as plan_command
 from jobs.planning.description import describe_plan
 from jobs.planning.generations import list_generations
 from jobs.planning.item_digests import planned_items
@@ -320,6 +323,20 @@ def test_samples_that_cannot_be_opened_leave_the_nominal_rate(tmp_path):
     unopenable = [{"id": "a", "source": "s3://bucketonly"}, {"id": "b", "source": "nosuch://b/a.wav"}]
     with plan_shards(batches_of(unopenable)) as plan:
         assert [rate.measured for rate in plan.rates] == [0]
+
+
+@pytest.mark.parametrize("name", ["m.jsonl", "m.parquet"])
+def test_an_input_without_items_is_refused_by_the_dry_run(tmp_path, capsys, name):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/m.jsonl").write_bytes(b"\n  \n")
+    pq.write_table(pa.table({"audio": pa.array([], pa.binary())}), tmp_path / "in/m.parquet")
+    assert plan_command(["--input", str(tmp_path / "in" / name)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {tmp_path}/in/{name}: nothing to transcribe; ")
+    with plan_shards(batches_of(known_rows(3))) as plan:
+        write_plan(Storage(str(tmp_path / "out")), plan)
+    planned = stored_items(Storage(str(tmp_path / "out")))  # of an output whose input has become empty since
+    assert dry_run(InputConfig(input=str(tmp_path / "in" / name)), planned) == 0
 
 
 def test_a_dry_run_writes_nothing(tmp_path):

@@ -295,6 +295,7 @@ def test_another_configuration_is_refused_with_both_fingerprints(finished, layou
     ("options", "message"),
     [
         (["--input", "{tmp}/nothing"], "nothing"),
+        (["--input", "{tmp}/empty.jsonl"], "there is no item in them"),
         (["--model", "{tmp}/nothing"], "no such"),
         (["--output", "/proc/cannot/write"], "cannot be used"),
         (["--max-error-rate", "2"], "expected a share"),
@@ -305,6 +306,7 @@ def test_another_configuration_is_refused_with_both_fingerprints(finished, layou
 def test_refused_before_any_work_with_one_line_and_exit_2(options, message, layouts, tmp_path, capsys):
     arguments = {"--input": str(layouts["files"]), "--output": str(tmp_path / "out"), "--model": str(TINY_EN)}
     arguments |= {options[0]: options[1].format(tmp=tmp_path)}
+    (tmp_path / "empty.jsonl").touch()
     assert main([part for pair in arguments.items() for part in pair]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ")
