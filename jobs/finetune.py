@@ -7,6 +7,7 @@ resumes from the last checkpoint).
 """
 
 import functools
+import math
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ from jobs.ray_session import quiet_ray_train, ray_session, root_cause
 from jobs.storage.connections import scrub
 from jobs.storage.files import Storage
 from jobs.training.checkpoint import read_progress
-from jobs.training.config import FinetuneConfig
+from jobs.training.config import MAX_CPUS_PER_GPU, FinetuneConfig
 from jobs.training.data import prepare_split, read_index
 from jobs.training.loop import TrainingTask, train_worker
 from jobs.training.report import write_training_report
@@ -31,8 +32,6 @@ from jobs.training.result import RESUME_HINT, FinetuneResult, following, read_re
 from jobs.training.setup import architecture, claim_output, make_task, split_shards
 from parakeet_core.config import EncoderConfig, FrontendConfig
 from parakeet_core.errors import InputError, WorkerError
-
-MAX_CPUS_PER_GPU = 8  # audio is decoded beforehand, and features are made at some thousand times real time per thread
 
 
 def run(config: FinetuneConfig) -> FinetuneResult:
@@ -66,7 +65,8 @@ def _run_on(
     frontend: FrontendConfig,
 ) -> FinetuneResult:
     indices = {split: _prepare(split, config, output, frontend.sample_rate_hz) for split in ("train", "validation")}
-    device, workers, threads = _resources(config, cluster)
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    device, workers, threads = share_nodes(config, nodes)
     task, reports = make_task(config, output, start, encoder, frontend, indices, device, threads)
     before = read_progress(output)
     if before is not None:
@@ -88,12 +88,29 @@ def _prepare(split: str, config: FinetuneConfig, output: Storage, sample_rate_hz
     return prepare_split(split_shards(config, split, folder), folder, sample_rate_hz, config.max_audio_s)
 
 
-def _resources(config: FinetuneConfig, cluster: dict[str, float]) -> tuple[str, int, int]:
-    """(device, workers, threads of each)."""
-    device = config.device if config.device != "auto" else ("cuda" if cluster.get("GPU") else "cpu")
-    workers = config.workers or (max(1, int(cluster.get("GPU", 1))) if device == "cuda" else 1)
-    share = max(1, int(cluster.get("CPU", 1)) // workers)
-    threads = config.cpus_per_worker or (min(share, MAX_CPUS_PER_GPU) if device == "cuda" else share)
+def share_nodes(config: FinetuneConfig, nodes: list[dict[str, float]]) -> tuple[str, int, int]:
+    """(device, workers, threads of each): as many threads as leave every worker a place, each on one node.
+
+    Args:
+        nodes: resources of each, as `ray.nodes()` has them.
+    """
+    device = config.device
+    if device == "auto":
+        device = "cuda" if any(node.get("GPU") for node in nodes) else "cpu"
+
+    def places(threads: int) -> int:
+        limits = [node.get("GPU", 0) if device == "cuda" else math.inf for node in nodes]
+        return sum(int(min(node.get("CPU", 0) // threads, most)) for node, most in zip(nodes, limits, strict=True))
+
+    workers = config.workers or (max(1, int(sum(node.get("GPU", 0) for node in nodes))) if device == "cuda" else 1)
+    most = MAX_CPUS_PER_GPU if device == "cuda" else int(max((node.get("CPU", 1) for node in nodes), default=1))
+    threads = config.cpus_per_worker or next((t for t in range(most, 0, -1) if places(t) >= workers), 1)
+    if places(threads) < workers:
+        print(
+            f"note       the cluster has places for {places(threads)} of {workers} workers of {threads} CPUs"
+            f"{' and a GPU' if device == 'cuda' else ''} each: training waits for nodes",
+            file=sys.stderr,
+        )
     return device, workers, threads
 
 

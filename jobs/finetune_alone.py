@@ -18,7 +18,7 @@ from jobs.command_line import exit_status, interrupt_on_sigterm
 from jobs.models import resolve_model
 from jobs.storage.files import Storage
 from jobs.training.checkpoint import read_progress
-from jobs.training.config import FinetuneConfig
+from jobs.training.config import MAX_CPUS_PER_GPU, FinetuneConfig
 from jobs.training.data import prepare_shard, read_index, write_index
 from jobs.training.loop import TrainingRun
 from jobs.training.report import write_training_report
@@ -37,7 +37,8 @@ def run(config: FinetuneConfig) -> FinetuneResult:
     if (config.workers or 1) > 1:
         raise ConfigError(f"--workers {config.workers}: one process is one worker; use jobs.finetune for more")
     device = torch.device(config.device if config.device != "auto" else _device())
-    threads = config.cpus_per_worker or len(os.sched_getaffinity(0))
+    threads = len(os.sched_getaffinity(0))
+    threads = config.cpus_per_worker or (min(threads, MAX_CPUS_PER_GPU) if device.type == "cuda" else threads)
     torch.set_num_threads(threads)
     start = resolve_model(config.model, config.storage()) if config.model is not None else None
     encoder, frontend = architecture(config, start)

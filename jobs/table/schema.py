@@ -69,8 +69,8 @@ class PartFacts:
 
 
 def normalise_words(text: str) -> str:
-    """Lower case, letters, digits and apostrophes only: what the `wer` column compares."""
-    return " ".join(re.findall(r"[\w']+", text.lower()))
+    """Lower case, letters, digits and apostrophes (as typewriters have them) only: what the `wer` column compares."""
+    return " ".join(re.findall(r"[\w']+", text.lower().replace("\u2019", "'")))
 
 
 def word_error_rate(reference: str, text: str) -> float | None:

@@ -59,7 +59,7 @@ def save_checkpoint(output: Storage, progress: Progress, model: nn.Module, optim
     output.write_atomic(f"{FOLDER}/{stem}.json", record.encode())
     for old in list_checkpoints(output)[:-KEPT]:
         output.delete(f"{FOLDER}/step-{old:08d}.json")  # first: what is not committed is nothing
-    kept = {f"step-{step:08d}" for step in list_checkpoints(output)}
+    kept = {stem} | {f"step-{step:08d}" for step in list_checkpoints(output)}
     for name in output.list_names(FOLDER):
         if name[: len(stem)] not in kept:
             output.delete(f"{FOLDER}/{name}")

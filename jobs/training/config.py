@@ -19,6 +19,8 @@ _DECISIVE = (
     "time_width", "precision", "seed",
 )  # fmt: skip
 
+MAX_CPUS_PER_GPU = 8  # audio is decoded beforehand, and features are made at some thousand times real time per thread
+
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneConfig(StorageConfig):
@@ -133,6 +135,8 @@ class FinetuneConfig(StorageConfig):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ConfigError(f"--{name.replace('_', '-')} {value}: expected more than 0")
+        if self.seed < 0:
+            raise ConfigError(f"--seed {self.seed}: expected 0 or more")
         for name in ("min_confidence", "time_width", "dropout"):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:

@@ -6,8 +6,8 @@
 An hour takes 115 MB. Workers map the files of a local output, and fetch those of an object store once per node.
 """
 
+import hashlib
 import io
-import os
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -168,11 +168,12 @@ class PreparedAudio:
     def _local(self, file: str) -> Path:
         if self.folder.is_local:
             return Path(self.folder.path(file))
-        # The fingerprint of a run is in its output's name or not at all: the size tells a file from one written anew.
-        with self.folder.open(file) as source:
-            size = source.seek(0, os.SEEK_END)
-            path = cache_folder() / "training" / self.folder.root / f"{size}-{file}"
-            if not path.exists():
-                source.seek(0)
+        # What the store says of a file tells it from one written anew under its name: size, time, digest.
+        found = self.folder.call(file, self.folder.fs.info, self.folder.path(file))
+        told = [str(found.get(key)) for key in ("size", "ETag", "etag", "LastModified", "mtime", "updated")]
+        version = hashlib.sha256(" ".join(told).encode()).hexdigest()[:12]
+        path = cache_folder() / "training" / self.folder.root / f"{version}-{file}"
+        if not path.exists():
+            with self.folder.open(file) as source:
                 write_local(str(path), source, False, str(path.parent / ".tmp"))
         return path

@@ -130,7 +130,7 @@ def _reason(
     if not normalise_words(text) or not ids:
         return Rejection.NO_TEXT
     if fastest is None:
-        return None
+        return None if config.frontend.frames(samples) else Rejection.TOO_SHORT
     if samples < min_audio_s * config.frontend.sample_rate_hz:
         return Rejection.TOO_SHORT
     if any(tokenizer.pieces[i] == UNKNOWN for i in ids):

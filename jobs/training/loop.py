@@ -95,8 +95,9 @@ class TrainingRun:
         self.task, self.config, self.rank, self.world, self.device = task, config, rank, world, device
         self.model = build_model(task).to(device)
         self.optimiser = build_optimiser(self.model, config.weight_decay)
-        self.progress = load_checkpoint_into(task.output, self.model, self.optimiser) or Progress()
-        self.log = MetricsLog(task.output, self.progress.step) if rank == 0 else None
+        resumed = load_checkpoint_into(task.output, self.model, self.optimiser)
+        self.progress = resumed or Progress()
+        self.log = MetricsLog(task.output, resumed.step if resumed else -1) if rank == 0 else None
         objective = CTCObjective(self.model)
         self.objective: nn.Module = objective
         if world > 1:
@@ -143,11 +144,12 @@ class TrainingRun:
             if number % self.config.log_steps == 0:
                 self._log_steps(tally)
                 tally = StepTally()
-            if number % self.config.validate_steps == 0 or number == self.total_steps:
+            measured = number % self.config.validate_steps == 0 or number == self.total_steps
+            if measured:
                 self._measure()
-            if self._checkpoint_due():
+            # With an exported model the record of how good it is, so that no worse one takes its place after a kill.
+            if (measured and self.progress.best_step == number) or self._checkpoint_due() or self.done:
                 self._checkpoint()
-        self._checkpoint()
 
     @property
     def done(self) -> bool:
@@ -163,6 +165,7 @@ class TrainingRun:
         if self.config.freeze_batch_norm:
             freeze_batch_norm(self.model)
         self.optimiser.zero_grad(set_to_none=True)
+        statistics = [buffer.clone() for buffer in self.model.buffers()]
         total = torch.zeros((), device=self.device)
         for index, micro_batch in enumerate(step.micro_batches):
             last = index + 1 == len(step.micro_batches)
@@ -176,6 +179,9 @@ class TrainingRun:
         finite = bool(np.isfinite(norm))
         if finite:
             self.optimiser.step()
+        else:  # a pass that is not finite leaves its mark in BatchNorm's statistics too
+            for buffer, before in zip(self.model.buffers(), statistics, strict=True):
+                buffer.copy_(before)
         self._share_statistics()
         skipped = self.progress.skipped + (not finite)
         self.progress = replace(self.progress, step=number + 1, position=step.after, skipped=skipped)

@@ -1,6 +1,7 @@
 """OUTPUT/report.html of a training run: error rates, loss and learning rate over its steps."""
 
 import json
+import math
 from collections.abc import Sequence
 
 from jobs.report.charts import TICKS_ACROSS, line_chart, ticks_up_to
@@ -49,6 +50,7 @@ def render_training_report(lines: Sequence[dict], labels: dict, run: dict) -> Ht
 
 def _curve(title: str, caption: str, lines: Sequence[dict], key: str, scale: float = 1.0, unit: str = "") -> Html | str:
     """A line over the steps with its numbers; nothing for a run that has none yet."""
+    lines = [line for line in lines if math.isfinite(line[key])]
     steps, values = [line["step"] for line in lines], [line[key] * scale for line in lines]
     if not steps or steps[-1] == 0 or max(values) <= 0:
         return ""

@@ -9,6 +9,7 @@ from job_layouts import PROMPTS, TINY_EN, job_config, prompt_records, read_table
 from job_samples import audio_bytes, jsonl
 from training_samples import PLAIN, make_task, prepare, prompt_manifest, train, training_config
 
+from jobs.finetune import share_nodes
 from jobs.storage.files import Storage
 from jobs.training.data import PreparedAudio
 from jobs.training.labels import ctc_frames, label_utterances, plain_text
@@ -111,6 +112,46 @@ def test_bad_labels_are_counted_and_training_stays_finite(tmp_path):
     assert np.isfinite(losses).all()
 
 
+def test_audio_without_a_frame_is_left_out_of_validation_too(tmp_path):
+    (tmp_path / "click.wav").write_bytes(audio_bytes(0.005))
+    (tmp_path / "val.jsonl").write_bytes(
+        Path(prompt_manifest(tmp_path / "prompts.jsonl", 30, 32)).read_bytes()
+        + b"\n"
+        + jsonl({"audio_filepath": str(tmp_path / "click.wav"), "text": "yes", "duration": 0.005})
+    )
+    train_set = prompt_manifest(tmp_path / "train.jsonl", 0, 3)
+    run = train(training_config(train_set, str(tmp_path / "val.jsonl"), tmp_path / "out", max_steps=1))
+    assert len(run.task.validation) == 2
+
+
+@pytest.mark.parametrize(
+    ("nodes", "options", "expected"),
+    [
+        ([(8, 0)], {}, ("cpu", 1, 8)),
+        ([(4, 0), (4, 0)], {}, ("cpu", 1, 4)),  # a worker is on one node
+        ([(4, 0), (4, 0)], {"workers": 3}, ("cpu", 3, 2)),
+        ([(4, 0), (4, 0)], {"workers": 2, "cpus_per_worker": 1}, ("cpu", 2, 1)),
+        ([(4, 1), (64, 0)], {}, ("cuda", 1, 4)),
+        ([(96, 8)], {}, ("cuda", 8, 8)),
+        ([(8, 2), (4, 2)], {}, ("cuda", 4, 2)),
+        ([(8, 2), (4, 2)], {"workers": 2}, ("cuda", 2, 4)),
+    ],
+)
+def test_every_worker_has_a_place_on_one_node(nodes, options, expected, tmp_path, capsys):
+    config = training_config(
+        str(tmp_path / "a"), "b", tmp_path, **{"device": "auto", "workers": None, "cpus_per_worker": None} | options
+    )
+    assert share_nodes(config, [{"CPU": float(cpus), "GPU": float(gpus)} for cpus, gpus in nodes]) == expected
+    assert capsys.readouterr().err == ""
+
+
+def test_workers_without_a_place_are_told_of(tmp_path, capsys):
+    """An autoscaler may add nodes: so it waits, but says for what."""
+    config = training_config(str(tmp_path / "a"), "b", tmp_path, device="cuda", workers=4)
+    share_nodes(config, [{"CPU": 8.0, "GPU": 1.0}])
+    assert "places for 1 of 4 workers" in capsys.readouterr().err
+
+
 def test_repeats_need_a_blank_between():
     assert [ctc_frames(ids) for ids in ([], [3], [3, 4, 3], [3, 3, 4, 4, 4])] == [0, 1, 3, 8]
 
@@ -153,6 +194,11 @@ def test_prepared_audio_of_an_object_store(s3_server, tmp_path, monkeypatch):
     remote = PreparedAudio(storage)
     for file, row in zip(task.train.files, task.train.rows, strict=True):
         np.testing.assert_array_equal(remote.waveform(file, row), local.waveform(file, row))
+    file, row = task.train.files[0], task.train.rows[0]
+    content = local.folder.read_bytes(file)
+    samples = local._files[file]["audio"][row].as_buffer().to_pybytes()
+    storage.write_atomic(file, content.replace(samples, bytes(len(samples))))  # silence of the same size
+    assert not PreparedAudio(storage).waveform(file, row).any()
 
 
 def test_error_counts():
@@ -175,6 +221,7 @@ def test_error_counts():
         ({"batch_audio_s": 0.0}, "--batch-audio-s 0.0: expected more than 0"),
         ({"speed_factors": (0.0, 1.0)}, "--speed-factors"),
         ({"dropout": 2.0}, "--dropout 2.0: expected 0 to 1"),
+        ({"seed": -1}, "--seed -1: expected 0 or more"),
     ],
     ids=lambda value: "" if isinstance(value, str) else "-".join(value),
 )

@@ -202,6 +202,17 @@ def test_workers_share_a_step(manifests, tmp_path):
             assert all(part.micro_batches for part in parts)
 
 
+def test_a_pass_that_is_not_finite_leaves_nothing_in_the_model(manifests, tmp_path):
+    run = TrainingRun(make_task(training_config(*manifests, tmp_path / "out", max_steps=2)), 0, 1, CPU)
+    step = next(run.batches.steps(run.progress.position))
+    before = parameters(run)
+    step.micro_batches[0].features[0, 3] = float("nan")
+    run._step(step)
+    assert run.progress.skipped == 1
+    for name, tensor in parameters(run).items():
+        torch.testing.assert_close(tensor, before[name], rtol=0, atol=0)
+
+
 def test_early_stop_keeps_the_best_model(manifests, tmp_path):
     """A learning rate that ruins the model: an early measurement, if not that of the start, stays the best."""
     options = PLAIN | {"learning_rate": 0.05, "warmup_steps": 3, "batch_audio_s": 20, "clip_norm": 100.0}
