@@ -138,7 +138,7 @@ class TiledSubsampling(nn.Module):
         """`lens` None says that every item fills the batch."""
         if features.device.type == "cpu" and not torch.compiler.is_compiling():
             return self.linear(self._by_item(features, lens))
-        # Not by the features' own number: compiled code is for any of it then, of which the compiler makes nothing.
+        # The model's number of mel bins, not that of the features' shape: as a symbol, Inductor fails over it.
         states = features.reshape(*features.shape[:2], self.config.n_mels, 1)  # [B, T, M, 1]
         for stage in range(self.config.n_subsampling_stages):
             if lens is not None:

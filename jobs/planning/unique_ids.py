@@ -117,7 +117,7 @@ def make_unique(facts: RowFacts, new: np.ndarray, folder: str, planned: PlannedI
             )
             renamed = _merge(renamed, Renamed(rows, ids, facts.digest[rows]))
             facts.digest[rows] = digest_strings(ids)
-        if not names_count:  # which were given what they are called does not count any more: what they are called does
+        if not names_count:  # the first round went by what the input called planned items, all others go by their ids
             earlier, names_count = np.concatenate([planned.plain, planned.names]), True
 
 
