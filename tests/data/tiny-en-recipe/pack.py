@@ -18,7 +18,7 @@ from pathlib import Path
 
 import soundfile
 
-MANIFESTS = ("read", "prompts", "held-out")
+MANIFESTS = ("read", "prompts", "prompts-8khz", "carried-prompts", "held-out")
 OPUS_LEVEL = 0.97  # of libsndfile, which makes some 15 kbit/s of it: enough for read speech at 16 kHz
 PACKAGES = (
     "soundfile", "cffi", "pycparser", "soxr", "jiwer", "rapidfuzz", "tyro", "docstring-parser", "typeguard",
