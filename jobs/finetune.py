@@ -20,7 +20,7 @@ from ray.train.torch import TorchTrainer
 
 from jobs.command_line import JobStoppedError, exit_status, interrupt_on_sigterm
 from jobs.models import ModelReference, resolve_model
-from jobs.ray_session import quiet_ray_train, ray_session, root_cause
+from jobs.ray_session import alive_nodes, note_local_output, quiet_ray_train, ray_session, root_cause
 from jobs.storage.connections import scrub
 from jobs.storage.files import Storage
 from jobs.training.checkpoint import read_progress
@@ -47,25 +47,25 @@ def run(config: FinetuneConfig) -> FinetuneResult:
         output = Storage(config.output, config.storage())
         claim_output(output, config, start)
         output.remove_dead_temporaries()
-        with ray_session(config.ray_address) as cluster:
+        with ray_session(config.ray_address):
             quiet_ray_train()
-            return _run_on(cluster, config, output, start, encoder, frontend)
+            return _run(config, output, start, encoder, frontend)
     except (InputError, WorkerError) as error:  # the output's storage failed, or Ray did not start
         raise JobStoppedError(f"{error}; {RESUME_HINT}") from error
     except (ray.exceptions.RayError, ray.train.TrainingFailedError) as error:
         raise JobStoppedError(f"{scrub(_cause(error), config.storage())}; {RESUME_HINT}") from error
 
 
-def _run_on(
-    cluster: dict[str, float],
+def _run(
     config: FinetuneConfig,
     output: Storage,
     start: ModelReference | None,
     encoder: EncoderConfig,
     frontend: FrontendConfig,
 ) -> FinetuneResult:
+    nodes = alive_nodes()
+    note_local_output(output, len(nodes))
     indices = {split: _prepare(split, config, output, frontend.sample_rate_hz) for split in ("train", "validation")}
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     device, workers, threads = share_nodes(config, nodes)
     task, reports = make_task(config, output, start, encoder, frontend, indices, device, threads)
     before = read_progress(output)
@@ -92,7 +92,7 @@ def share_nodes(config: FinetuneConfig, nodes: list[dict[str, float]]) -> tuple[
     """(device, workers, threads of each): as many threads as leave every worker a place, each on one node.
 
     Args:
-        nodes: resources of each, as `ray.nodes()` has them.
+        nodes: resources of each (`alive_nodes`).
     """
     device = config.device
     if device == "auto":

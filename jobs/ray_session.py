@@ -15,6 +15,7 @@ from contextlib import contextmanager
 import ray
 import ray.data
 
+from jobs.storage.files import Storage
 from parakeet_core.errors import ConfigError, WorkerError
 
 RAY_ADDRESS = "RAY_ADDRESS"  # set by `ray job submit` for the job's entry point
@@ -47,6 +48,21 @@ def ray_session(address: str | None) -> Iterator[dict[str, float]]:
     finally:
         if started:
             ray.shutdown()
+
+
+def alive_nodes() -> list[dict[str, float]]:
+    """The resources of each node that the cluster has now."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def note_local_output(output: Storage, nodes: int) -> None:
+    """Say on stderr what an output on a disk needs where several nodes are to write it."""
+    if output.is_local and nodes > 1:
+        print(
+            f"note       {output.url} is a path, and the cluster has {nodes} nodes: it must be one folder that all of "
+            "them share; else give a URL",
+            file=sys.stderr,
+        )
 
 
 def _find_head(address: str) -> None:

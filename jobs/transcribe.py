@@ -24,7 +24,7 @@ from jobs.plan import dry_run
 from jobs.planning.generations import list_generations
 from jobs.planning.item_digests import planned_items
 from jobs.preparation import Run, identify, prepare
-from jobs.ray_session import ray_session, root_cause
+from jobs.ray_session import alive_nodes, note_local_output, ray_session, root_cause
 from jobs.report.page import write_report
 from jobs.report.progress import ProgressDisplay
 from jobs.report.receipt import EventLog, Receipt, add_to_receipt, summarise
@@ -82,6 +82,7 @@ def _nothing_to_do(state: Run) -> Receipt:
 
 def _transcribe(state: Run, todo: pa.Table, cluster: dict[str, float]) -> Receipt:
     """Run the shards that are left, and account for them however the run ends."""
+    note_local_output(state.output, len(alive_nodes()))
     resources = _claim(state, todo, cluster)
     total_s = pc.sum(state.shards["audio_s"]).as_py()
     events = _begin(state, todo, resources, total_s)

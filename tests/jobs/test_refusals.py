@@ -14,6 +14,7 @@ from jobs.compact import CompactConfig
 from jobs.models import resolve_model
 from jobs.plan import main as plan_main
 from jobs.preparation import prepare
+from jobs.ray_session import note_local_output
 from jobs.storage.connections import DEFAULT_OPTIONS
 from jobs.storage.files import Storage
 from jobs.table.parts import TABLE_FOLDER, find_committed
@@ -81,6 +82,14 @@ def test_relative_paths_hold_in_a_process_with_another_working_directory(tmp_pat
     output, model = pickle.loads(packed)  # noqa: S301 - our own bytes
     assert output.read_bytes("x") == b"y"
     assert model.load("float32", "cpu").digest == model.digest
+
+
+@pytest.mark.parametrize(
+    ("url", "nodes", "noted"), [("/data/out", 2, True), ("/data/out", 1, False), ("s3://b/out", 2, False)]
+)
+def test_a_path_that_several_nodes_write_to(url, nodes, noted, capsys):
+    note_local_output(Storage(url), nodes)
+    assert ("must be one folder that all of them share" in capsys.readouterr().err) == noted
 
 
 def test_exclusive_writes_without_hard_links(tmp_path, monkeypatch):
