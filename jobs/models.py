@@ -59,11 +59,10 @@ def resolve_model(name: str, storage: StorageOptions) -> ModelReference:
     Raises:
         CheckpointError: not found, not readable, or not a model that is implemented.
     """
-    path = local_model(name, storage)
-    source = read_source(path)
+    if (path := _path_here(name)) is not None:
+        name = str(path)  # the same one in a worker, whatever its working directory
+    source = read_source(local_model(name, storage))
     parameters = sum(math.prod(shape) for shape in source.shapes.values())
-    if scheme_of(name) == "file" and not HUB_ID.match(name):
-        name = str(path)  # the same file in a worker, whatever its working directory
     return ModelReference(name, source.digest(), source.config, source.tokenizer, parameters, storage)
 
 
@@ -82,12 +81,19 @@ def local_model(name: str, storage: StorageOptions) -> Path:
             raise CheckpointError(
                 f"model {name}: the cache {cache_folder()} cannot be written ({error.strerror}); set {CACHE_VARIABLE}"
             ) from error
-    path = Path(name.removeprefix("file://")).expanduser()
-    if path.exists():
-        return path.resolve()
+    if (path := _path_here(name)) is not None:
+        return path
     if HUB_ID.match(name):
         return _from_hub(name)
     raise CheckpointError(f"model {name}: no such file or directory on this node; give a path, a URL or a model id")
+
+
+def _path_here(name: str) -> Path | None:
+    """The absolute path of a model on this node's disk; None for a URL, and where nothing is there."""
+    if scheme_of(name) != "file":
+        return None
+    path = Path(name.removeprefix("file://")).expanduser()
+    return path.resolve() if path.exists() else None
 
 
 def cache_folder() -> Path:

@@ -71,13 +71,15 @@ def test_what_file_browsers_and_writers_leave_in_a_table_is_not_taken_for_rows(t
         find_committed(output, "f" * 8, set())
 
 
-def test_relative_paths_hold_in_a_process_with_another_working_directory(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["model", "models/mine"])  # the second could be an id of the Hugging Face hub
+def test_relative_paths_hold_in_a_process_with_another_working_directory(name, tmp_path, monkeypatch):
     """The workers of a cluster that was there before have one of their own."""
     monkeypatch.chdir(tmp_path)
     output = Storage("out")
     output.write_atomic("x", b"y")
-    os.symlink(TINY_EN, "model")
-    packed = pickle.dumps((output, resolve_model("model", DEFAULT_OPTIONS)))
+    (tmp_path / "models").mkdir()
+    os.symlink(TINY_EN, name)
+    packed = pickle.dumps((output, resolve_model(name, DEFAULT_OPTIONS)))
     monkeypatch.chdir("/")
     output, model = pickle.loads(packed)  # noqa: S301 - our own bytes
     assert output.read_bytes("x") == b"y"
