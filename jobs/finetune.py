@@ -99,8 +99,8 @@ def share_nodes(config: FinetuneConfig, nodes: list[dict[str, float]]) -> tuple[
         device = "cuda" if any(node.get("GPU") for node in nodes) else "cpu"
 
     def places(threads: int) -> int:
-        limits = [node.get("GPU", 0) if device == "cuda" else math.inf for node in nodes]
-        return sum(int(min(node.get("CPU", 0) // threads, most)) for node, most in zip(nodes, limits, strict=True))
+        gpus = [node.get("GPU", 0) if device == "cuda" else math.inf for node in nodes]
+        return sum(int(min(node.get("CPU", 0) // threads, limit)) for node, limit in zip(nodes, gpus, strict=True))
 
     workers = config.workers or (max(1, int(sum(node.get("GPU", 0) for node in nodes))) if device == "cuda" else 1)
     most = MAX_CPUS_PER_GPU if device == "cuda" else int(max((node.get("CPU", 1) for node in nodes), default=1))
