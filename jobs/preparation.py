@@ -151,7 +151,6 @@ def prepare(config: TranscribeConfig) -> Run:
     """
     model = resolve_model(config.model, config.storage())
     try:
-        check_apart(config)
         root = output = Storage(config.output, config.storage())
         dtype = config.dtype if config.dtype != "auto" else recorded_dtype(output)
         identity = None
@@ -180,12 +179,14 @@ def _plan(
     Args:
         first_version: the plan under --output itself, whose input all versions share.
     """
+    place = resolve_input(config.input, config.storage())
+    _check_apart(config, *place)
     generations = list_generations(output)
     with scan_input(config.reading()) as scan:
         print(
             f"input   {scan.format}: {scan.reason}" + (f"; {scan.left_out}" if scan.left_out else ""), file=sys.stderr
         )
-        source = {"input": _resolved_input(config), "format": scan.format}
+        source = {"input": _spelt(*place), "format": scan.format}
         for planned in first_version[:1] + generations[:1]:
             if planned.options != source:
                 raise ConfigError(
@@ -214,12 +215,11 @@ def _plan_new_items(
         return []
 
 
-def check_apart(config: TranscribeConfig) -> None:
-    """Refuse an output that the next run would find in its input."""
-    storage, pattern, name = resolve_input(config.input, config.storage())
+def _check_apart(config: TranscribeConfig, storage: Storage, pattern: str | None, name: str | None) -> None:
+    """Refuse an output that the next run would find in its input, which is what `resolve_input` makes of it."""
     folder = storage.source("").rstrip("/")
     output = Storage(config.output, config.storage()).source("").rstrip("/")
-    reached = name is None and (pattern is None or "**" in config.input)
+    reached = name is None and (pattern is None or "**" in pattern)
     if reached and (output == folder or output.startswith(f"{folder}/")):
         raise ConfigError(
             f"--output {scrub(config.output)} lies in --input {scrub(config.input)}: the next run would read its files "
@@ -227,8 +227,7 @@ def check_apart(config: TranscribeConfig) -> None:
         )
 
 
-def _resolved_input(config: TranscribeConfig) -> str:
-    """The input in one spelling, whatever the working directory and the slashes."""
-    storage, pattern, name = resolve_input(config.input, config.storage())
+def _spelt(storage: Storage, pattern: str | None, name: str | None) -> str:
+    """What `resolve_input` makes of the input, in one spelling, whatever the working directory and the slashes."""
     spelt = glob_translate(pattern) if pattern else name  # as the plans of outputs that are there already have it
     return scrub("/".join(part for part in (storage.source(""), spelt) if part))
