@@ -1,4 +1,4 @@
-"""Batches hold every item once within the budget; buckets pad least; padding on real durations stays under 10 %."""
+"""Batches hold every item once within the budget; padding on real durations stays under 10 %."""
 
 import itertools
 
@@ -7,14 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from parakeet_core.batching import (
-    BUCKET_STEP,
     MAX_PADDING,
     Batch,
-    Bucket,
     frame_cost,
     padding_share,
     plan_batches,
-    plan_buckets,
 )
 
 LENS = st.lists(st.integers(0, 5000), max_size=40)
@@ -54,55 +51,12 @@ def test_ties_and_lone_giants():
     assert plan_batches([], 100) == []
 
 
-@given(st.lists(st.integers(0, 120), min_size=1, max_size=12), st.integers(1, 4), BUDGETS)
-@settings(max_examples=100)
-def test_buckets_pad_as_little_as_any_choice(lens, max_buckets, budget):
-    """Against every choice of so many lengths."""
-    buckets = plan_buckets(lens, budget, max_buckets)
-    rounded = [-(-max(length, 1) // BUCKET_STEP) * BUCKET_STEP for length in lens]
-    bounds = [bucket.frames for bucket in buckets]
-    assert bounds == sorted(set(bounds))
-    assert bounds[-1] == max(rounded)
-    assert len(buckets) <= max_buckets
-    for bucket in buckets:
-        assert bucket.frames % BUCKET_STEP == 0
-        assert bucket.size == 1 or bucket.size * frame_cost(bucket.frames) <= budget
-        assert (bucket.size + 1) * frame_cost(bucket.frames) > budget
-
-    def padded(choice) -> int:
-        return sum(min(bound for bound in choice if bound >= length) for length in rounded)
-
-    shorter = set(rounded) - {max(rounded)}
-    choices = (
-        (*choice, max(rounded))
-        for count in range(min(max_buckets, len(shorter) + 1))
-        for choice in itertools.combinations(shorter, count)
-    )
-    assert padded(bounds) == min(map(padded, choices))
-
-
-def test_no_lengths_need_no_bucket():
-    assert plan_buckets([], 1000) == []
-
-
-def test_buckets_of_one_length():
-    assert plan_buckets([300, 300, 297], 3000) == [Bucket(304, 9)]
-
-
 @pytest.mark.parametrize("budget_s", [160, 1280])
 def test_padding_on_real_durations(librispeech, ljspeech, budget_s, capsys):
-    """Overhead under 10 %, of planned batches and of the static shapes' lengths."""
     for name, clips in (("librispeech", librispeech), ("ljspeech", ljspeech), ("both", librispeech + ljspeech)):
         lens = [int(clip.duration_s * FRAMES_PER_S) for clip in clips]
-        budget = budget_s * FRAMES_PER_S
-        batches = plan_batches(lens, budget)
-        buckets = plan_buckets(lens, budget)
-        in_buckets = sum(min(bucket.frames for bucket in buckets if bucket.frames >= length) for length in lens)
-        shares = {"batches": padding_share(lens, batches), "buckets": 1 - sum(lens) / in_buckets}
+        batches = plan_batches(lens, budget_s * FRAMES_PER_S)
+        share = padding_share(lens, batches)
         with capsys.disabled():
-            print(
-                f"\n{name}, budget {budget_s} s: padding {shares['batches']:.1%} in {len(batches)} batches, "
-                f"{shares['buckets']:.1%} in {len(buckets)} static shapes",
-                end="",
-            )
-        assert max(shares.values()) < 0.10
+            print(f"\n{name}, budget {budget_s} s: padding {share:.1%} in {len(batches)} batches", end="")
+        assert share < 0.10
