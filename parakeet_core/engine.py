@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from parakeet_core.batching import Batch, plan_batches
+from parakeet_core.batching import Batch, frame_cost, plan_batches
 from parakeet_core.checkpoint import Checkpoint
 from parakeet_core.decoding import FrameScores, Tokens, score_frames, unpack_tokens
 from parakeet_core.errors import ErrorKind, InputError
@@ -86,7 +86,8 @@ class Engine:
         checkpoint: its model is on the device and in the dtype to run in. On a CPU without instructions for that dtype
             the model runs in float32, with the weights as the dtype rounds them: 5 times faster, and more exact. Where
             the checkpoint says `int8`, the layers' linears are quantised.
-        budget_frames: greatest cost of a batch (see `batching`); by default one that suits the device.
+        budget_frames: greatest cost of a batch (see `batching`); by default one that suits the device. It falls where a
+            batch does not fit the device's memory.
         compiled: whether the layers run as generated code, which takes a minute at the start of the first process of a
             node; by default on CUDA only. On a CPU it would pay back after a hundred hours of audio.
     """
@@ -203,7 +204,10 @@ class Engine:
             yield from self._finish(started.popleft(), busy)
 
     def _start(self, features: Sequence[Tensor], pieces: list[_Piece], batch: Batch) -> list[_Started]:
-        """Give a batch to the device; one that does not fit its memory is halved until it does."""
+        """Give a batch to the device; one that does not fit its memory is halved until it does.
+
+        From then on batches are planned no larger than the halves: each that does not fit costs the device's cache.
+        """
         members = [pieces[index] for index in batch.indices]
         try:
             return [self._score(features, members, batch.frames)]
@@ -212,6 +216,7 @@ class Engine:
         if len(members) == 1:
             return [_Started(members, error=self._too_large(batch.frames))]
         log.warning("a batch of %d x %d frames does not fit %s: halved", len(members), batch.frames, self.device)
+        self.budget_frames = min(self.budget_frames, len(members) * frame_cost(batch.frames) / 2)
         middle = len(members) // 2
         halves = [Batch(half, batch.frames) for half in (batch.indices[:middle], batch.indices[middle:])]
         return [started for half in halves for started in self._start(features, pieces, half)]

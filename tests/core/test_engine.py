@@ -196,11 +196,12 @@ def test_batch_that_does_not_fit_is_halved_until_it_does(checkpoint, monkeypatch
     engine = Engine(checkpoint)
     items = items_of([60, 61, 62, 63, 64, 65, 120])
     expected = engine.recognise(items)
-    sizes = []
+    sizes, refused = [], []
 
     class Cramped(torch.nn.Module):
         def forward(self, features, lens, *flags):
             if len(features) > 2 or features.shape[1] >= 120:
+                refused.append(len(features))
                 raise torch.OutOfMemoryError("no room")
             sizes.append(len(features))
             return whole(features, lens, *flags)
@@ -213,3 +214,7 @@ def test_batch_that_does_not_fit_is_halved_until_it_does(checkpoint, monkeypatch
         assert_same_tokens(tokens, alone)
     assert found[6].kind == "out_of_memory"
     assert "1 s of audio" in found[6].message
+    assert refused == [6, 3, 3, 1]
+    for tokens, alone in zip(engine.recognise(items[:6]), expected[:6], strict=True):
+        assert_same_tokens(tokens, alone)
+    assert len(refused) == 4  # it plans what fits from then on
