@@ -8,7 +8,7 @@ Ray counts buckets only: the `_sum` of a histogram is made of the buckets' midpo
 
 from ray.util.metrics import Counter, Gauge, Histogram
 
-from jobs.stages import STAGES
+from jobs.blocks import STAGES
 from jobs.table.schema import PartFacts
 
 SHARD_SECONDS = (1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1800, 3600)  # 120-1800 s of audio, on a GPU or on a CPU

@@ -180,7 +180,7 @@ def run_shards(
     """
     feature_dtype = "float32" if dtype == "float32" else "float16"
     prepare = (PrepareShards, (output, storage, model.config.frontend, feature_dtype, resources.features))
-    recognise = (RecogniseShards, (model, dtype, resources.device, feature_dtype))
+    recognise = (RecogniseShards, (output, model, dtype, resources.device, feature_dtype))
     commit = (CommitShards, (output, model.tokenizer, model.config.encoder_frame_s, fingerprint, provenance))
     taken = {resources.model_resource} - {None} | ({GPU} if resources.device == "cuda" else set())
     calls = GPU_CALLS if GPU in taken else 1

@@ -2,23 +2,22 @@
 
     shard -> PrepareShards (read, decode, log-mel) -> RecogniseShards (model) -> CommitShards (text, part)
 
-Between stages a shard is one row of one block: its id and a payload, an Arrow IPC stream with a row per item. One row
-cannot be split, whatever the block size limits are, so a stage always holds a whole shard, and a part all of its rows.
+Between stages a shard travels as a block (`jobs.blocks`).
 """
 
 import ctypes
 import json
 import os
 import platform
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict
 from functools import partial
 
 import numpy as np
 import pyarrow as pa
 import torch
 
+from jobs.blocks import StageClock, pack_shard, unpack_shard, worker_name
 from jobs.models import ModelReference
 from jobs.planning.store import read_shard
 from jobs.reading.isolation import ShardDecoder, was_restarted
@@ -27,12 +26,14 @@ from jobs.storage.connections import StorageOptions, scrub
 from jobs.storage.files import Storage
 from jobs.table.parts import commit_part, part_name
 from jobs.table.schema import TRANSCRIPT_SCHEMA, file_metadata, part_facts, round_words, word_error_rate
+from jobs.worker_end import end_worker
 from parakeet_core.config import FrontendConfig
-from parakeet_core.decoding import Tokens, group_words
+from parakeet_core.device import device_failed
 from parakeet_core.engine import Engine
 from parakeet_core.errors import ErrorKind, InputError, WorkerError
 from parakeet_core.features import LogMelFrontend
 from parakeet_core.tokenizer import Tokenizer
+from parakeet_core.words import Tokens, group_words
 
 SILENCE_DBFS = -120.0  # floor of the rms_dbfs column: below the noise of 16-bit audio, and finite
 CLIPPED_LEVEL = 0.999  # of full scale: one 16-bit step below it and above count as clipped
@@ -77,62 +78,6 @@ TOKEN_FIELDS = [
 ]
 RECOGNISED_SCHEMA = pa.schema([*ITEM_FIELDS, *TOKEN_FIELDS])
 TASKS_PER_ACTOR = 2  # one shard at work and one waiting for each call, so that no actor waits; all are lost with it
-STAGES = ("storage", "decode", "features", "model", "write")
-
-
-@dataclass
-class StageClock:
-    """Seconds that one shard spent in each step, and where. The fields are columns of every block between stages."""
-
-    storage_s: float = 0.0
-    decode_s: float = 0.0
-    features_s: float = 0.0
-    model_s: float = 0.0
-    write_s: float = 0.0
-    feature_worker: str = ""  # which processes did it, to count how many work
-    model_worker: str = ""
-    feature_worker_again: bool = False  # whether Ray started it again after its process or node was lost
-    model_worker_again: bool = False
-
-    def timed(self, step: str, call: Callable, *arguments):
-        """Call, and add its wall time to `step`."""
-        start = time.perf_counter()
-        try:
-            return call(*arguments)
-        finally:
-            self.add(step, time.perf_counter() - start)
-
-    def add(self, step: str, seconds: float) -> None:
-        """Count seconds that were measured elsewhere."""
-        setattr(self, f"{step}_s", getattr(self, f"{step}_s") + seconds)
-
-
-def worker_name() -> str:
-    """This process among those of the cluster."""
-    return f"{platform.node()}:{os.getpid()}"
-
-
-def pack_shard(shard: str, table: pa.Table, clock: StageClock) -> pa.Table:
-    """A block of one row that carries a shard from one stage to the next."""
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, table.schema) as writer:
-        writer.write_table(table)
-    payload = pa.Array.from_buffers(pa.large_binary(), 1, [None, _offsets(sink.tell()), sink.getvalue()])
-    columns = {"shard": pa.array([shard]), "payload": payload}
-    return pa.table(columns | {name: pa.array([value]) for name, value in asdict(clock).items()})
-
-
-def _offsets(size: int) -> pa.Buffer:
-    return pa.py_buffer(np.array([0, size], dtype=np.int64))
-
-
-def unpack_shard(block: pa.Table) -> tuple[str, pa.Table, StageClock]:
-    """The shard of a block, without copying it."""
-    if block.num_rows != 1:
-        raise RuntimeError(f"a block holds {block.num_rows} shards; the pipeline must keep one shard in one block")
-    row = block.slice(0, 1)
-    clock = StageClock(**{name: row[name][0].as_py() for name in StageClock.__dataclass_fields__})
-    return row["shard"][0].as_py(), pa.ipc.open_stream(row["payload"][0].as_buffer()).read_all(), clock
 
 
 class ChainedStages:
@@ -252,13 +197,20 @@ def measure_level(waveform: np.ndarray) -> dict[str, float]:
 
 
 class RecogniseShards:
-    """Items with features or samples -> items with tokens, on one GPU or one CPU thread. Calls may overlap."""
+    """Items with features or samples -> items with tokens, on one GPU or one CPU thread. Calls may overlap.
 
-    def __init__(self, model: ModelReference, dtype: str, device: str, feature_dtype: str):
+    Args:
+        output: where a worker whose GPU fails says so, before it ends for another to take its place.
+        model, dtype, device: what runs, and where.
+        feature_dtype: as `PrepareShards` has it.
+    """
+
+    def __init__(self, output: Storage, model: ModelReference, dtype: str, device: str, feature_dtype: str):
         torch.set_num_threads(1)  # several actors with one thread each outrun one with several
         if device == "cpu":
             keep_freed_memory()
             os.environ.setdefault(*CACHED_PRIMITIVES)
+        self.output = output
         checkpoint = model.load(dtype, device)
         self.engine = Engine(checkpoint)
         self.n_mels = checkpoint.config.frontend.n_mels
@@ -267,14 +219,24 @@ class RecogniseShards:
     def __call__(self, block: pa.Table) -> pa.Table:
         shard, items, clock = unpack_shard(block)
         clock.model_worker, clock.model_worker_again = worker_name(), was_restarted()
-        wanted = [index for index, frames in enumerate(items["frames"].to_pylist()) if frames is not None]
-        features = self._features(items, wanted, clock)
-        results = dict(zip(wanted, self.engine.recognise(features, busy=partial(clock.add, "model")), strict=True))
+        clock.not_compiled = self.engine.not_compiled or ""
+        try:
+            results = self._recognise(items, clock)
+        except RuntimeError as error:
+            if device_failed(error):
+                end_worker(self.output, f"shard {shard}: {error}")
+            raise
         recognised = _with_errors(items.select([field.name for field in ITEM_FIELDS]), results)
         tokens = [_token_columns(results.get(index)) for index in range(items.num_rows)]
         for field in TOKEN_FIELDS:
             recognised = recognised.append_column(field, pa.array([row[field.name] for row in tokens], field.type))
         return pack_shard(shard, recognised, clock)
+
+    def _recognise(self, items: pa.Table, clock: StageClock) -> dict[int, Tokens | InputError]:
+        """What the model says of each item that has frames, by its place."""
+        wanted = [index for index, frames in enumerate(items["frames"].to_pylist()) if frames is not None]
+        features = self._features(items, wanted, clock)
+        return dict(zip(wanted, self.engine.recognise(features, busy=partial(clock.add, "model")), strict=True))
 
     def _features(self, items: pa.Table, wanted: list[int], clock: StageClock) -> list[torch.Tensor]:
         """Features of the items at `wanted`: those that came, or computed where the model is."""

@@ -34,6 +34,7 @@ from jobs.table.ownership import claim_output
 from jobs.table.parts import find_committed
 from jobs.table.schema import PartFacts
 from jobs.verify import verify_table
+from jobs.worker_end import EVENTS_FOLDER
 from parakeet_core.checkpoint import INT8, resolve_dtype
 from parakeet_core.errors import ConfigError, InputError
 
@@ -162,8 +163,9 @@ def _stops_named(state: Run) -> Iterator[None]:
             cause = scrub(root_cause(error), state.output.options)
             raise JobStoppedError(f"a worker could not start: {cause}; {RESUME_HINT}") from error
         raise JobStoppedError(
-            f"workers were lost more than {LOST_WORKER_RETRIES} times on one shard, by nodes that went or too little "
-            f"memory ({root_cause(error)}); {RESUME_HINT}"
+            f"workers were lost more than {LOST_WORKER_RETRIES} times on one shard, by nodes that went, too little "
+            f"memory, or a GPU that fails ({EVENTS_FOLDER}/worker-*.jsonl then say how; {root_cause(error)}); "
+            f"{RESUME_HINT}"
         ) from error
     except (ray.exceptions.RayError, InputError) as error:
         raise JobStoppedError(f"{scrub(root_cause(error), state.output.options)}; {RESUME_HINT}") from error
@@ -203,6 +205,9 @@ def _close(state: Run, events: EventLog, page: bool = True) -> None:
     receipt = state.write_receipt()
     events.add("end", complete=receipt.complete, items=receipt.items_in, errors=receipt.errors, wall_s=receipt.wall_s)
     events.flush()
+    for reason in sorted(set(events.not_compiled.values())):
+        workers = sum(why == reason for why in events.not_compiled.values())
+        print(f"note    the model of {workers} workers ran uncompiled, and slower: {reason:.300}", file=sys.stderr)
     if page:
         write_report(state.output, vars(receipt), state.throughput)
 

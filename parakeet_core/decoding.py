@@ -1,17 +1,15 @@
-"""Logits to token ids with times and posteriors (greedy CTC), and tokens to words.
+"""Logits to token ids with times and posteriors (greedy CTC).
 
 Shapes: `B` batch, `U` encoder frames, `V` vocabulary with blank, `N` tokens.
 """
 
-import itertools
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from parakeet_core.encoder import valid_frames
-from parakeet_core.tokenizer import WORD_START, Tokenizer
+from parakeet_core.words import Tokens
 
 
 @dataclass(frozen=True)
@@ -45,27 +43,6 @@ class TokenBatch:
     ends: Tensor
     scores: Tensor
     token_lens: Tensor
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """Collapsed tokens of one item, [N] each; times in encoder frames. `blank_ratio` is the share of blank frames."""
-
-    ids: np.ndarray
-    starts: np.ndarray
-    ends: np.ndarray
-    scores: np.ndarray
-    blank_ratio: float
-
-
-@dataclass(frozen=True)
-class Word:
-    """One word of a transcript: times in seconds from the item's start, confidence in [0, 1]."""
-
-    word: str
-    start_s: float
-    end_s: float
-    confidence: float
 
 
 def score_frames(logits: Tensor, lens: Tensor, blank_id: int) -> FrameScores:
@@ -121,24 +98,3 @@ def unpack_tokens(frames: FrameScores, blank_id: int) -> list[Tokens]:
         Tokens(*(column[row, :count] for column in columns), blank_ratio=ratio)
         for row, (count, ratio) in enumerate(zip(batch.token_lens.tolist(), ratios, strict=True))
     ]
-
-
-def group_words(tokens: Tokens, tokenizer: Tokenizer, frame_s: float) -> list[Word]:
-    """Words of one item: a word begins at each piece that begins with the word mark.
-
-    Args:
-        frame_s: seconds per encoder frame. A word lasts from its first token's first frame to the end of its last
-            token's run; its confidence is the mean of its tokens' posteriors.
-
-    Returns:
-        Words whose texts, joined by spaces, are the words of `tokenizer.decode(tokens.ids)`.
-    """
-    ids = tokens.ids.tolist()
-    begins = [index for index, i in enumerate(ids) if index == 0 or tokenizer.pieces[i].startswith(WORD_START)]
-    words = []
-    for begin, end in itertools.pairwise([*begins, len(ids)]):
-        start_s, end_s = float(tokens.starts[begin]) * frame_s, float(tokens.ends[end - 1]) * frame_s
-        confidence = float(tokens.scores[begin:end].mean())
-        # One group is several words only where a piece itself holds a space, as the unknown piece does.
-        words += [Word(text, start_s, end_s, confidence) for text in tokenizer.decode(ids[begin:end]).split()]
-    return words

@@ -18,9 +18,12 @@ from torch.nn.utils.rnn import pad_sequence
 
 from parakeet_core.batching import Batch, frame_cost, plan_batches
 from parakeet_core.checkpoint import Checkpoint
-from parakeet_core.decoding import FrameScores, Tokens, score_frames, unpack_tokens
+from parakeet_core.ctc import ParakeetCTC
+from parakeet_core.decoding import FrameScores, score_frames, unpack_tokens
+from parakeet_core.device import device_failed, mark_stream, processor_multiplies, send_to_host, set_up_cuda
 from parakeet_core.errors import ErrorKind, InputError
 from parakeet_core.quantised import quantise_linears
+from parakeet_core.words import Tokens
 
 # An item up to MAX_PASS_FRAMES is one pass of the model, equal to the reference. Published checkpoints were trained
 # with positions up to 5000 encoder frames (400 s), and attention's memory grows with the square: 0.9 GB at 300 s with
@@ -34,13 +37,9 @@ CPU_BUDGET_FRAMES = 6_000  # cost of a batch in float32, twice it in half precis
 CUDA_BUDGET_FRAMES = 200_000  # about 2000 s of short items: enough rows to fill the matrix units of a large GPU
 FEATURE_BUDGET_FRAMES = 120_000  # cost of a batch of waveforms: 20 minutes, 77 MB of samples
 BATCHES_AHEAD = 2  # on CUDA: one that runs and one that waits behind it, so that the device never waits for the host
-WARM_UP = ((499,), (201,), (499, 499, 499), (499, 499, 467))  # feature frames: one item, several, several with padding
-# Names in torch.cpu.get_capabilities() of instructions that multiply matrices of a dtype. Without them torch emulates:
-# measured on AVX2, 19 GFLOP/s in bfloat16 against 110 to 150 in float32.
-HALF_INSTRUCTIONS = {
-    torch.bfloat16: ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"),
-    torch.float16: ("avx512_fp16", "amx_fp16", "fp16_arith"),
-}
+# Feature frames of one item, of several, and of several with padding: 65 encoder frames, and 72, since torch's
+# attention treats whole eights otherwise. No two dimensions are equal: they would be compiled as if they always were.
+WARM_UP = ((519,), (201,), (519, 519, 519), (519, 519, 487), (576,), (576, 576, 576), (576, 576, 540))
 log = logging.getLogger(__name__)
 
 
@@ -100,11 +99,10 @@ class Engine:
             parameter = next(model.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
         if self.device.type == "cuda":
-            _set_up_cuda(self.dtype)
+            set_up_cuda(self.dtype)
         self.config = checkpoint.config
-        self.model = model.prepare_inference()
-        if checkpoint.int8:
-            quantise_linears(self.model.layers)
+        self._prepare(model, checkpoint.int8)
+        self.not_compiled: str | None = None  # why not, where it was to be
         self.frontend = checkpoint.frontend
         self._sending = threading.Lock()  # batches reach the device whole, one after the other
         default = CUDA_BUDGET_FRAMES
@@ -116,8 +114,16 @@ class Engine:
             try:
                 self.warm_up()
             except Exception as error:  # noqa: BLE001 - whatever goes wrong in a compiler, e.g. on a node without gcc
-                log.warning("the layers cannot be compiled, and run slower as they are: %.500s", error)
-                self.model = model.prepare_inference()
+                if device_failed(error):
+                    raise
+                self.not_compiled = f"{type(error).__name__}: {error}"
+                log.warning("the layers cannot be compiled, and run slower as they are: %.500s", self.not_compiled)
+                self._prepare(model, checkpoint.int8)
+
+    def _prepare(self, model: ParakeetCTC, int8: bool) -> None:
+        self.model = model.prepare_inference()
+        if int8:
+            quantise_linears(self.model.layers)
 
     def warm_up(self) -> None:
         """Run small batches of every kind, so that what is compiled is compiled before there is work."""
@@ -136,13 +142,28 @@ class Engine:
         lens = [self.config.frontend.frames(len(waveform)) for waveform in waveforms]
         features: list[Tensor | None] = [None] * len(lens)
         for batch in plan_batches(lens, FEATURE_BUDGET_FRAMES):
-            sent = self._send([waveforms[item] for item in batch.indices])
-            if steps is not None:
-                sent = [samples.float() * steps[item] for item, samples in zip(batch.indices, sent, strict=True)]
-            padded, _ = self.frontend(sent, self.device)
-            for item, row in zip(batch.indices, padded.to(self.dtype), strict=True):
-                features[item] = row[: lens[item]]
+            chosen = [waveforms[item] for item in batch.indices]
+            found = self._features(chosen, [1.0 if steps is None else steps[item] for item in batch.indices])
+            for item, rows in zip(batch.indices, found, strict=True):
+                features[item] = rows
         return features
+
+    def _features(self, waveforms: Sequence[Tensor], steps: Sequence[float]) -> list[Tensor]:
+        """As `extract_features`, in one batch; on the host and one by one where the device's memory cannot hold it."""
+        try:
+            return self._extract(self._send(waveforms), steps, self.device)
+        except torch.OutOfMemoryError:
+            log.warning("%d waveforms do not fit %s: their features come from the host", len(waveforms), self.device)
+        torch.cuda.empty_cache()
+        host = torch.device("cpu")
+        return [self._extract([samples], [step], host)[0] for samples, step in zip(waveforms, steps, strict=True)]
+
+    def _extract(self, waveforms: Sequence[Tensor], steps: Sequence[float], device: torch.device) -> list[Tensor]:
+        """Features of waveforms that are on `device`, there."""
+        scaled = [samples.float() * step for samples, step in zip(waveforms, steps, strict=True)]
+        padded, _ = self.frontend(scaled, device)
+        frames = [self.config.frontend.frames(len(samples)) for samples in waveforms]
+        return [row[:count] for row, count in zip(padded.to(self.dtype), frames, strict=True)]
 
     def _send(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         """One-dimensional tensors on the device; to CUDA by one copy that is not waited for.
@@ -253,15 +274,15 @@ class Engine:
         shorter = bool((lens < frames).any())
         padded = self._pad(features, members, frames)
         with self._sending:
-            begun, started_at = self._mark(), time.perf_counter()
+            begun, started_at = mark_stream(self.device), time.perf_counter()
             padded = padded.to(self.device, non_blocking=True).to(self.dtype)
             lens = lens.to(self.device, non_blocking=True)
             logits, out_lens = self.model(padded, lens, shorter)
             scored = score_frames(logits, out_lens, self.config.blank_id)
             if begun is None:
                 return _Started(members, scored, busy_s=time.perf_counter() - started_at)
-            host = FrameScores(*(_send_to_host(tensor) for tensor in (scored.ids, scored.scores, scored.lens)))
-            return _Started(members, host, begun, self._mark())
+            host = FrameScores(*(send_to_host(tensor) for tensor in (scored.ids, scored.scores, scored.lens)))
+            return _Started(members, host, begun, mark_stream(self.device))
 
     def _pad(self, features: Sequence[Tensor], members: list[_Piece], frames: int) -> Tensor:
         """[B, T, M], on the device where the features are there, else on the host, in their dtype or the model's."""
@@ -277,14 +298,6 @@ class Engine:
         for row, piece in zip(padded, members, strict=True):
             row[: piece.end - piece.start] = features[piece.item][piece.start : piece.end]
         return padded
-
-    def _mark(self) -> torch.cuda.Event | None:
-        """This moment in the order of the device's work; none on the CPU, which works at once."""
-        if self.device.type != "cuda":
-            return None
-        event = torch.cuda.Event(enable_timing=True)
-        event.record(torch.cuda.current_stream(self.device))
-        return event
 
     def _collapse(self, parts: list[list[_Part]]) -> list[Tokens | InputError]:
         """Join each item's pieces frame by frame, then collapse items of similar length together."""
@@ -308,25 +321,3 @@ class Engine:
             for item, tokens in zip(batch.indices, unpack_tokens(FrameScores(ids, scores, lens), blank), strict=True):
                 results[item] = results[item] or tokens
         return results
-
-
-def _set_up_cuda(dtype: torch.dtype) -> None:
-    """Settings of this process that suit batches of ever new shapes, and exact float32."""
-    # cuDNN's attention, which torch prefers on Hopper, plans anew for every shape: 0.4 s were seen for one (FunASR's
-    # issue 3704), and nearly every batch has a shape of its own.
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    if dtype == torch.float32:
-        torch.backends.cudnn.allow_tf32 = False  # of convolutions; in products TF32 is off unless asked for
-
-
-def _send_to_host(tensor: Tensor) -> Tensor:
-    """A copy in pinned memory, which is whole once the stream has come to it."""
-    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
-
-
-def processor_multiplies(dtype: torch.dtype) -> bool:
-    """Whether this CPU has instructions for matrices of `dtype`; taken for granted where torch cannot tell."""
-    capabilities = getattr(torch.cpu, "get_capabilities", None)
-    if dtype not in HALF_INSTRUCTIONS or capabilities is None:
-        return True
-    return any(capabilities().get(name, False) for name in HALF_INSTRUCTIONS[dtype])

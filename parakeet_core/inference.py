@@ -37,8 +37,11 @@ POSITION_STEP = 256  # encoder frames (20 s): position tables grow by whole step
 MIN_TILE_FRAMES = 4  # encoder frames; in smaller tiles a third of the work would be what neighbours compute too
 TILE_BYTES = 4 << 20  # first convolution's output on the CPU: fastest of 512 kB to 16 MB at 32 and at 256 channels
 FORMS = 64  # of compiled code in a process, at most
-COMPILED_FRAMES = 3  # encoder frames; batches of shorter ones run uncompiled
+SHORTEST_COMPILED = 3  # encoder frames; sizes of 1 on the way to fewer would each be compiled for
 QUERY_BLOCK = 512  # encoder frames (41 s) whose scores over all keys are in memory at a time, for longer items
+# Encoder frames (82 s) of the longest batch that runs compiled, with all queries in one block: a window of a long item
+# (`engine.WINDOW_FRAMES`). Its scores by distance are a third more than blocks would compute, 2 % of a layer's work.
+LONGEST_COMPILED = 1024
 
 
 class InferenceModel(nn.Module):
@@ -76,14 +79,13 @@ class InferenceModel(nn.Module):
         if padded is None:
             padded = bool((lens < features.shape[1]).any())
         frames = self.config.encoder.subsample(features.shape[1])
-        compiled = frames >= COMPILED_FRAMES  # sizes of 1 on the way would each be compiled for
-        subsample = self.subsampling if compiled else self.subsampling.forward
+        subsample = self.subsampling if frames >= SHORTEST_COMPILED else self.subsampling.forward
         states = subsample(features, lens if padded else None)
         padding = Padding.of(out_lens, frames, states.dtype) if padded else None
         self.reserve_positions(frames)
         for layer in self.layers:
             # Attention in blocks is a loop, for which a layer would be compiled again at every number of blocks.
-            run = layer if compiled and frames <= QUERY_BLOCK else layer.forward
+            run = layer if SHORTEST_COMPILED <= frames <= LONGEST_COMPILED else layer.forward
             states = run(states, layer.attention.position_window(frames), padding)
         return self.head(states), out_lens
 
@@ -99,8 +101,7 @@ class InferenceModel(nn.Module):
         model would take `n_layers` times as long to compile, again for each shape. Six forms of a layer exist: for one
         item, for several, and for several with padding, each for the first layer, whose input is a view, and for the
         others. What is generated stays in the node's cache (`TORCHINDUCTOR_CACHE_DIR`) for the processes that come
-        after. Batches of more than QUERY_BLOCK encoder frames run layers as they are: their matrices are large, and
-        their attention is a loop.
+        after. Batches of more than LONGEST_COMPILED encoder frames run layers as they are: their attention is a loop.
         """
         # Past the default of 8 forms, and a second dtype in the process has its own, torch would go on uncompiled.
         torch._dynamo.config.recompile_limit = max(FORMS, torch._dynamo.config.recompile_limit)
@@ -273,7 +274,7 @@ class FusedAttention(nn.Module):
         frames = states.shape[1]
         qkv = self.qkv(states).unflatten(-1, (3, self.n_heads, self.d_head))  # [B, U, 3, H, K]
         key_bias = None if padding is None else padding.key_bias
-        if frames <= QUERY_BLOCK:
+        if torch.compiler.is_compiling() or frames <= QUERY_BLOCK:
             out = self._attend(qkv, qkv[:, :, 0], positions, key_bias)
         else:
             # Scores of a block of queries at a time, U * QUERY_BLOCK numbers, not U * U; by distance only those that a
@@ -309,10 +310,13 @@ class FusedAttention(nn.Module):
         return Positions(self.positions, self.position_scores).window(slice(centre - frames + 1, centre + frames))
 
     def reserve(self, frames: int) -> None:
-        """Extend the position tables to distances of `frames` encoder frames, if they are shorter."""
-        if self.positions.shape[-1] >= 2 * frames - 1:
+        """Have position tables of more distances than `frames` encoder frames need.
+
+        A table as a whole would have other strides than a window of it, and be compiled for.
+        """
+        if self.positions.shape[-1] > 2 * frames - 1:
             return
-        frames = -(-frames // POSITION_STEP) * POSITION_STEP
+        frames = (frames // POSITION_STEP + 1) * POSITION_STEP
         weight = self.position_weight
         table = relative_positions(frames, weight.shape[1], weight.device).to(weight.dtype)
         projected = F.linear(table, weight).unflatten(-1, (self.n_heads, self.d_head))  # [P, H, K]

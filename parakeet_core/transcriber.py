@@ -11,9 +11,9 @@ from torch import Tensor
 
 from parakeet_core.audio import load_audio
 from parakeet_core.checkpoint import Checkpoint, load_checkpoint
-from parakeet_core.decoding import Tokens, Word, group_words
 from parakeet_core.engine import Engine
 from parakeet_core.errors import ErrorKind, InputError
+from parakeet_core.words import Tokens, Word, group_words
 
 AudioItem = str | os.PathLike | bytes | np.ndarray | Tensor
 WINDOW_AUDIO_S = (

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from jobs.stages import STAGES
+from jobs.blocks import STAGES
 from jobs.table.schema import PartFacts
 
 LINE_EVERY_S = 10.0  # between two lines in a log, at first

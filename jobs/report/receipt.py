@@ -9,9 +9,9 @@ from datetime import UTC, datetime
 from jobs.report.progress import Tally, clock, hours
 from jobs.storage.connections import scrub
 from jobs.storage.files import Storage
+from jobs.worker_end import EVENTS_FOLDER
 
 RECEIPT_FILE = "receipt.json"
-EVENTS_FOLDER = "events"
 EVENTS_EVERY_S = 30.0  # between two files of the event log: object stores cannot append
 
 
@@ -119,7 +119,8 @@ def summarise(receipt: Receipt, resume_hint: str) -> str:
 class EventLog:
     """JSON lines about one run under OUTPUT/events/, in files that are written whole every EVENTS_EVERY_S.
 
-    Events: `plan`, `start`, `shard` (committed), `retry` (a lost worker's shards), `end`.
+    Events: `plan`, `start`, `shard` (committed), `retry` (a lost worker's shards), `not_compiled` (a worker's model),
+    `end`. Workers that end themselves leave `worker_ended` in files of their own (`jobs.worker_end`).
     """
 
     def __init__(self, output: Storage):
@@ -127,6 +128,7 @@ class EventLog:
         self.run = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:6]}"
         self._lines: list[str] = []
         self._restarted: set[str] = set()
+        self.not_compiled: dict[str, str] = {}  # worker -> why its model was not
         self._files, self._flushed = 0, time.monotonic()
 
     def add(self, event: str, **values) -> None:
@@ -141,7 +143,11 @@ class EventLog:
             if result[f"{worker}_again"] and result[worker] not in self._restarted:
                 self._restarted.add(result[worker])
                 self.add("retry", reason="a worker was lost; its shards in hand are done again", worker=result[worker])
-        self.add("shard", **result)
+        worker, reason = result["model_worker"], result["not_compiled"]
+        if reason and worker not in self.not_compiled:
+            self.not_compiled[worker] = reason
+            self.add("not_compiled", reason=reason, worker=worker)
+        self.add("shard", **{name: value for name, value in result.items() if name != "not_compiled"})
 
     def flush(self) -> None:
         """Write what has not been written yet as the next file."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import jiwer
 import pyarrow as pa
 
-from parakeet_core.decoding import Word
+from parakeet_core.words import Word
 
 SCHEMA_VERSION = 1
 METADATA_PREFIX = "parakeet."  # of the key-value metadata of each part

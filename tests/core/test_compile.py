@@ -9,7 +9,8 @@ import pytest
 import torch
 from small_models import random_features, relative_error, small_model
 
-from parakeet_core.engine import WARM_UP
+from parakeet_core.engine import CONTEXT_FRAMES, WARM_UP, WINDOW_FRAMES
+from parakeet_core.inference import LONGEST_COMPILED
 
 BACKEND = "aot_eager"
 EXACT = 1e-5  # relative: the backends here run the same operations; their order within a fused one may differ
@@ -58,6 +59,9 @@ def test_layers_for_any_shape():
     assert 0 < graphs <= 10
     assert_same(compiled, model, [[203], [64, 64], [700, 640, 633, 99], [81, 80, 79, 78, 77, 9], [5200, 4100]])
     assert_same(compiled, model, [[1], [8], [8, 8], [16, 9], [17], [24, 17], [24, 24], [2041], [4096, 4096], [4097]])
+    window = WINDOW_FRAMES + 2 * CONTEXT_FRAMES
+    assert model.config.encoder.subsample(window) == LONGEST_COMPILED
+    assert_same(compiled, model, [[window], [window, window - 8], [window + 1]])
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
 
 

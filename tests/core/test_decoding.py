@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_models import TINY_EN
 
-from parakeet_core.decoding import FrameScores, Tokens, collapse_ctc, decode_greedy, group_words, score_frames
+from parakeet_core.decoding import FrameScores, collapse_ctc, decode_greedy, score_frames
 from parakeet_core.tokenizer import load_tokenizer
+from parakeet_core.words import Tokens, group_words
 
 BLANK = 4
 ITEMS = st.lists(st.lists(st.integers(0, BLANK), max_size=12), min_size=1, max_size=4)

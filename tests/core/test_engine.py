@@ -12,6 +12,7 @@ from small_models import greedy_ids, random_features, small_model, write_hf
 
 from parakeet_core import decode_audio, load_checkpoint
 from parakeet_core import engine as module
+from parakeet_core.device import device_failed
 from parakeet_core.engine import Engine
 from parakeet_core.inference import InferenceModel
 
@@ -180,6 +181,41 @@ def test_windows_on_speech(tiny_en, prompts, windows):
     assert edit_distance(cut.ids.tolist(), one_pass.ids.tolist()) <= 0.15 * len(one_pass.ids)  # measured 0.10
     errors = [edit_distance(checkpoint.tokenizer.decode(t.ids.tolist()).split(), words) for t in (cut, one_pass)]
     assert errors[0] <= errors[1] + 0.03 * len(words)
+
+
+def test_features_that_do_not_fit_the_device_come_from_the_host(checkpoint):
+    """A front end that has no room for more than one waveform, nor for a long one, but on the host."""
+    engine = Engine(checkpoint)
+    waveforms = [torch.randn(size, generator=torch.Generator().manual_seed(size)) for size in (4_000, 4_100, 16_000)]
+    expected = engine.extract_features(waveforms, [0.5, 1.0, 2.0])
+    whole, calls = engine.frontend, []
+
+    def cramped(waveforms, device):
+        calls.append(len(waveforms))
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError("no room")
+        return whole(waveforms, device)
+
+    engine.frontend = cramped
+    found = engine.extract_features(waveforms, [0.5, 1.0, 2.0])
+    assert len(calls) > len(waveforms)
+    for features, other in zip(found, expected, strict=True):
+        assert torch.equal(features, other)
+
+
+@pytest.mark.parametrize(
+    ("error", "failed"),
+    [
+        (RuntimeError("CUDA error: unspecified launch failure\nCUDA kernel errors might be ..."), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx(...)`"), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR"), True),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), False),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied (3x4 and 5x6)"), False),
+        (ValueError("CUDA error"), False),
+    ],
+)
+def test_errors_of_the_device(error, failed):
+    assert device_failed(error) == failed
 
 
 def edit_distance(first: list, second: list) -> int:

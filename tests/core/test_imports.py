@@ -16,6 +16,8 @@ FORBIDDEN = {
 # Of `jobs`: packages, and the modules beside them that packages use. The programs import these, and none of these them.
 LAYERS = [
     "storage",
+    "blocks",
+    "worker_end",
     "models",
     "sources",
     "inputs",
@@ -27,7 +29,7 @@ LAYERS = [
     "config",
     "training",
 ]
-PIPELINE = ["config", "encoder", "ctc", "inference", "decoding", "engine", "transcriber"]
+PIPELINE = ["config", "encoder", "ctc", "inference", "words", "decoding", "device", "engine", "transcriber"]
 
 
 def imported_modules(path) -> set[str]:
@@ -82,6 +84,16 @@ def test_packages_of_jobs_import_earlier_ones_only():
         for path in files:
             imported = {name.split(".")[1] for name in imported_modules(path) if name.startswith("jobs.")}
             assert imported <= earlier, path
+
+
+@pytest.mark.parametrize("program", ["jobs.show", "jobs.compact"])
+def test_programs_without_a_model_do_not_load_torch(program):
+    """It takes seconds."""
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys, {program}; print('torch' in sys.modules)"],
+        cwd=REPO, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout.strip() == "False"
 
 
 def test_cluster_holds_no_python():

@@ -14,6 +14,7 @@ from job_process import JobProcess, count_parts, transcription, wait_until
 from ray_nodes import RayNodes
 
 HOOKS = Path(__file__).with_name("hooks")
+DEVICE_HOOKS = Path(__file__).with_name("device_hooks")
 APART = ("--feature-actors", "1:1", "--model-actors", "1:1")  # the three stages as actors of their own
 ACTORS = {"model": "RecogniseShards", "feature": "PrepareShards", "commit": "CommitShards"}
 
@@ -110,6 +111,20 @@ def kill_chained_actor(trial: Trial) -> None:
     trial.wait_for_middle(job)
     kill_one(job, "ChainedStages", trial.rng)
     status = trial.end(job)
+    assert status == 0, trial.printed[-1]
+
+
+def fail_device(trial: Trial) -> None:
+    """The model's device fails one of its workers (tests/faults/device_hooks). The run goes on by itself."""
+    counter = trial.output.with_name(f"{trial.output.name}.failures")
+    counter.mkdir()
+    hooks = {
+        "DEVICE_FAILURES": "1",
+        "DEVICE_COUNTER": str(counter),
+        "PYTHONPATH": f"{DEVICE_HOOKS}:{os.environ.get('PYTHONPATH', '')}",
+    }
+    status = trial.end(trial.start(*APART, variables=hooks))
+    assert len(list(counter.iterdir())) == 1
     assert status == 0, trial.printed[-1]
 
 

@@ -4,6 +4,7 @@ Every kill is a real signal to a real process. Random moments come from SEED, wh
 the same many times over.
 """
 
+import json
 import os
 import random
 
@@ -11,6 +12,7 @@ import pytest
 from kills import (
     Trial,
     account,
+    fail_device,
     kill_actor,
     kill_all,
     kill_chained_actor,
@@ -50,6 +52,15 @@ def test_run_ended_in_four_ways_and_resumed(trial, undisturbed):
 def test_killed_actor_is_replaced_and_the_run_goes_on(kind, trial, undisturbed):
     (kill_chained_actor if kind == "chained" else kill_actor(kind))(trial)
     assert parts_of(trial.output) == parts_of(undisturbed)
+
+
+def test_worker_whose_device_fails_is_replaced_and_says_why(trial, undisturbed):
+    fail_device(trial)
+    assert parts_of(trial.output) == parts_of(undisturbed)
+    (left,) = (trial.output / "events").glob("worker-*.jsonl")
+    record = json.loads(left.read_text())
+    assert record["event"] == "worker_ended"
+    assert "CUDA error: unspecified launch failure" in record["cause"]
 
 
 def test_workers_killed_at_every_moment_of_a_commit(trial, undisturbed):

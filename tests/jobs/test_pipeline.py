@@ -8,8 +8,8 @@ import pyarrow as pa
 import pytest
 from job_layouts import job_config
 
+from jobs.blocks import StageClock, pack_shard, unpack_shard
 from jobs.pipeline import plan_resources
-from jobs.stages import StageClock, pack_shard, unpack_shard
 from parakeet_core import ConfigError
 
 GIB = 2**30

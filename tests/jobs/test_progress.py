@@ -26,6 +26,7 @@ CLOCK = {
     "model_worker": "a:1",
     "feature_worker_again": False,
     "model_worker_again": False,
+    "not_compiled": "",
 }
 
 

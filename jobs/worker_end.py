@@ -1,0 +1,31 @@
+"""How a worker ends itself where only another process can go on: Ray starts one in its place, and gives it its shards.
+
+It leaves the cause under OUTPUT/events/, since what a killed process has said is in the logs of its node alone.
+"""
+
+import json
+import logging
+import os
+import signal
+from datetime import UTC, datetime
+
+from jobs.blocks import worker_name
+from jobs.storage.connections import scrub
+from jobs.storage.files import Storage
+from parakeet_core.errors import InputError
+
+EVENTS_FOLDER = "events"
+log = logging.getLogger(__name__)
+
+
+def end_worker(output: Storage, cause: str) -> None:
+    """End this process at once, as one that was killed: Ray takes an exit of its own accord for the actor's wish."""
+    now = datetime.now(UTC).isoformat(timespec="milliseconds")
+    record = {"at": now, "event": "worker_ended", "worker": worker_name(), "cause": cause}
+    log.error("this worker ends, and another takes its shards: %s", cause)
+    try:
+        name = f"{EVENTS_FOLDER}/worker-{worker_name().replace(':', '-')}.jsonl"
+        output.write_atomic(name, (scrub(json.dumps(record), output.options) + "\n").encode())
+    except InputError as error:
+        log.error("the cause could not be written: %s", error.message)
+    os.kill(os.getpid(), signal.SIGKILL)
