@@ -62,7 +62,8 @@ class Run:
     model_idle_share: float | None = None
     throughput: list[tuple[float, float]] = field(default_factory=list)
     started_at: datetime = field(default_factory=lambda: datetime.now(UTC))
-    clock_start: float = field(default_factory=time.monotonic)
+    preparation_s: float = 0.0  # from the command to here: fetching the model, listing, planning
+    clock_start: float = field(default_factory=time.monotonic)  # when all that was done
     receipt_at: float = field(default_factory=time.monotonic)
 
     @property
@@ -105,7 +106,7 @@ class Run:
 
     def receipt(self) -> Receipt:
         total = merge_tallies(self.before, self.now)
-        wall_s = time.monotonic() - self.clock_start
+        wall_s = self.preparation_s + time.monotonic() - self.clock_start
         return Receipt(
             items_in=self.planned_items or total.rows,
             items_pending=max((self.planned_items or 0) - total.rows, 0),
@@ -120,6 +121,7 @@ class Run:
             hours_this_run=self.now.audio_s / 3600,
             rtfx_end_to_end=round(self.now.audio_s / wall_s, 2),
             wall_s=round(wall_s, 3),
+            preparation_s=round(self.preparation_s, 3),
             wer=total.word_errors / total.reference_words if total.reference_words else None,
             reference_words=total.reference_words,
             stage_seconds={stage: round(seconds, 3) for stage, seconds in self.now.stage_s.items()},
@@ -149,6 +151,7 @@ def prepare(config: TranscribeConfig) -> Run:
     Raises:
         ConfigError, CheckpointError: the run is refused.
     """
+    started_at, begun = datetime.now(UTC), time.monotonic()
     model = resolve_model(config.model, config.storage())
     try:
         root = output = Storage(config.output, config.storage())
@@ -160,6 +163,7 @@ def prepare(config: TranscribeConfig) -> Run:
             check_output(output, identity)
         generations, sources = _plan(config, output, list_generations(root))
         state = Run(config, output, model, generations, read_plan(output, generations), sources, identity)
+        state.started_at, state.preparation_s = started_at, time.monotonic() - begun
         if identity is not None:
             state.account()
         return state

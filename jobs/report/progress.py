@@ -15,6 +15,7 @@ LINE_EVERY_S = 10.0  # between two lines in a log, at first
 LINE_SLOWDOWN = 1.1  # each pause is longer by this, up to the limit: a job of ten hours prints some 120 lines
 LINE_AT_MOST_EVERY_S = 300.0
 RECENT_S = 60.0  # window of "RTFx now"
+STEPS_OF = {"feature": ("storage", "decode", "features"), "model": ("model",)}  # what each pool of actors does
 
 
 @dataclass
@@ -62,7 +63,8 @@ class ProgressDisplay:
 
     def __init__(self, total_s: float, done_s: float, stream=None):
         self.total_s, self.before_s = total_s, done_s
-        self._workers: dict[str, set[str]] = {"feature": set(), "model": set()}
+        # Of each process, in seconds since the start: when it began its first shard, when its last one was committed.
+        self._workers: dict[str, dict[str, tuple[float, float]]] = {stage: {} for stage in STEPS_OF}
         self.tally = Tally()
         self.started = time.monotonic()
         self.throughput: list[tuple[float, float]] = [(0.0, 0.0)]  # seconds since start, seconds of audio committed
@@ -85,9 +87,12 @@ class ProgressDisplay:
         """Count one committed shard; prints a line when one is due."""
         self.tally.add(facts)
         self.tally.add_clock(result)
-        for stage, workers in self._workers.items():
-            workers.add(result[f"{stage}_worker"])
         now = time.monotonic()
+        for stage, workers in self._workers.items():
+            name, at_s = result[f"{stage}_worker"], now - self.started
+            own_s = sum(result[f"{step}_s"] for step in STEPS_OF[stage])
+            began_s, _ = workers.get(name, (max(at_s - own_s, 0.0), 0.0))
+            workers[name] = began_s, at_s
         self.throughput.append((now - self.started, self.tally.audio_s))
         if self._live is None and now >= self._next_line:
             print(self.line(), file=self._stream, flush=True)
@@ -107,13 +112,16 @@ class ProgressDisplay:
         )
 
     def model_idle_share(self) -> float | None:
-        """Share of the time since the start in which the model actors did not run the model."""
-        return round(max(0.0, 1 - self._busy("model", ("model",))), 3) if self.tally.shards else None
+        """Share of the time from a model actor's first shard to its last in which it did not run the model.
 
-    def _busy(self, stage: str, steps: tuple[str, ...]) -> float:
-        """Share of the time so far that the workers of a stage spent in these steps."""
-        worker_s = self.throughput[-1][0] * len(self._workers[stage])
-        return sum(self.tally.stage_s[step] for step in steps) / worker_s if worker_s else 0.0
+        Actors that come late or go early, as on spot nodes, count for the time that they are there.
+        """
+        return round(max(0.0, 1 - self._busy("model")), 3) if self.tally.shards else None
+
+    def _busy(self, stage: str) -> float:
+        """Share of their time so far that the workers of a stage spent in its steps."""
+        worker_s = sum(until_s - began_s for began_s, until_s in self._workers[stage].values())
+        return sum(self.tally.stage_s[step] for step in STEPS_OF[stage]) / worker_s if worker_s else 0.0
 
     def _recent_rtfx(self) -> float:
         now_s, now_audio = time.monotonic() - self.started, self.tally.audio_s
@@ -126,9 +134,8 @@ class ProgressDisplay:
         """The busier of the two pools, and how idle the model is."""
         if not self.tally.shards:
             return "starting"
-        steps = ("storage", "decode", "features")
-        model = self._busy("model", ("model",))
-        slowest = "model" if model >= self._busy("feature", steps) else max(steps, key=self.tally.stage_s.get)
+        model = self._busy("model")
+        slowest = "model" if model >= self._busy("feature") else max(STEPS_OF["feature"], key=self.tally.stage_s.get)
         return f"bottleneck {slowest}, model idle {max(0.0, 1 - model):.0%}"
 
     def _render(self) -> Text:

@@ -24,9 +24,10 @@ class Receipt:
         items_pending: planned items without a row; 0 in a complete job.
         hours_in: hours_done + hours_lost; `hours_lost` as far as the input says how long its unreadable items are.
         rtfx_end_to_end: seconds of audio committed by this run per second of its wall time.
+        wall_s: of this run; of it `preparation_s` for fetching the model, listing and planning.
         wer: over rows with a reference; None without references.
         stage_seconds: step -> seconds of this run, summed over actors.
-        model_idle_share: of the model actors' time in this run, 0 to 1.
+        model_idle_share: of the time from each model actor's first shard to its last, 0 to 1.
         shards, shards_done, shards_this_run: planned; committed; committed by this run.
         complete: every planned shard has its part.
         fingerprint: of model and dtype.
@@ -47,6 +48,7 @@ class Receipt:
     hours_this_run: float
     rtfx_end_to_end: float
     wall_s: float
+    preparation_s: float
     wer: float | None
     reference_words: int
     stage_seconds: dict[str, float]

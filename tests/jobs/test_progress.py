@@ -35,7 +35,8 @@ def make_receipt(**changes) -> Receipt:
         "items_in": 10, "items_pending": 0, "ok": 8, "empty": 1, "errors": 1, "error_rate": 0.1,
         "errors_by_kind": {"truncated": 1},
         "hours_in": 1.0, "hours_done": 0.9, "hours_lost": 0.1, "hours_this_run": 0.9, "rtfx_end_to_end": 100.0,
-        "wall_s": 32.4, "wer": 0.1, "reference_words": 50, "stage_seconds": {"model": 4.0}, "model_idle_share": 0.2,
+        "wall_s": 32.4, "preparation_s": 2.0, "wer": 0.1, "reference_words": 50, "stage_seconds": {"model": 4.0},
+        "model_idle_share": 0.2,
         "shards": 2, "shards_done": 2, "shards_this_run": 2, "complete": True, "max_error_rate": 0.01, "model": "m",
         "weights_sha256": "0", "dtype": "float32", "device": "cpu", "input": "in", "table": "out/transcripts",
         "fingerprint": "0", "accounted": {}, "started_at": "", "finished_at": "", "version": "0",
@@ -52,6 +53,17 @@ def test_line_accounts_for_earlier_runs_and_names_the_bottleneck():
     assert "ok 8 empty 1 errors 1" in line
     assert "bottleneck model" in line
     assert re.search(r"left \d:\d\d:\d\d", line)
+
+
+def test_model_is_idle_while_its_workers_are_there_only(monkeypatch):
+    """One works for 100 s, one comes after 60 s in the place of one that was lost after 20 s: half of 160 s."""
+    now = [1000.0]
+    monkeypatch.setattr("jobs.report.progress.time.monotonic", lambda: now[0])
+    display = ProgressDisplay(1e6, 0.0, io.StringIO())
+    for at_s, worker in ((20, "a:1"), (20, "b:1"), (80, "b:2"), (100, "a:1"), (100, "b:2")):
+        now[0] = 1000.0 + at_s
+        display.update(FACTS, CLOCK | {"model_worker": worker, "model_s": 20.0})
+    assert display.model_idle_share() == pytest.approx(1 - 100 / (100 + 20 + 40), abs=0.001)
 
 
 def test_tallies_add_up():
