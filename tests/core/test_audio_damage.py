@@ -296,7 +296,7 @@ def test_ogg_pages(codec):
     assert 0 < len(decode_audio(joined)) < 6 * 16000
 
 
-@pytest.mark.parametrize(("codec", "bad"), [("FLOAT", np.nan), ("FLOAT", -np.inf), ("DOUBLE", np.inf)])
+@pytest.mark.parametrize(("codec", "bad"), [("FLOAT", np.nan), ("FLOAT", -np.inf), ("DOUBLE", np.inf), ("FLOAT", 1e25)])
 @pytest.mark.parametrize("rate", [16000, 22050])
 def test_values_that_are_not_finite(codec, bad, rate):
     sound = make_sound(2, rate, channels=2)
@@ -307,6 +307,14 @@ def test_values_that_are_not_finite(codec, bad, rate):
         assert error.kind is ErrorKind.NON_FINITE
     assert np.isfinite(decode_audio(data, channel="first")).all()
     assert np.isfinite(decode_audio(data, duration_s=0.9)).all()
+
+
+@pytest.mark.parametrize("rate", [16000, 22050])
+def test_integers_that_are_kept_as_floats(rate):
+    data = encode(make_sound(1, rate) * np.float32(2**31), rate, codec="FLOAT")
+    np.testing.assert_allclose(
+        decode_audio(data) / 2**31, decode_audio(encode(make_sound(1, rate), rate, codec="FLOAT"))
+    )
 
 
 @pytest.mark.parametrize(
