@@ -176,18 +176,37 @@ def _extension(name: str) -> str:
     return name.rpartition(".")[2].lower() if "." in name else ""
 
 
+def _stem(name: str) -> str:
+    return name.removeprefix("./").rpartition(".")[0]
+
+
 def _tar_items(
     key: str, members: list[tuple[tarfile.TarInfo, bytes | None]], tar_id: str, source: str
 ) -> Iterator[ReadItem]:
-    texts = {_extension(member.name): data for member, data in members if data is not None}
-    reference, extra = _texts(texts.get("txt"), texts.get("json"))
-    for member, data in members:
-        if _extension(member.name) not in AUDIO_EXTENSIONS:
-            continue
+    audio = [(member, data) for member, data in members if _extension(member.name) in AUDIO_EXTENSIONS]
+    stems = {_stem(member.name) for member, _ in audio}
+    texts, records = _by_stem(members, "txt"), _by_stem(members, "json")
+    shared_text, shared_record = _shared(texts, key, stems), _shared(records, key, stems)
+    for member, data in audio:
+        stem = _stem(member.name)
+        reference, extra = _texts(texts.get(stem, shared_text), records.get(stem, shared_record))
         payload: bytes | InputError = data if data is not None else _unreadable(member)
         name = member.name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
         item_id = f"{tar_id}/{key}".encode("utf-8", "surrogateescape").decode("utf-8", "replace")
         yield ReadItem(item_id, source, payload, member=name, reference=reference, extra=extra)
+
+
+def _by_stem(members: list[tuple[tarfile.TarInfo, bytes | None]], extension: str) -> dict[str, bytes]:
+    return {_stem(m.name): data for m, data in members if data is not None and _extension(m.name) == extension}
+
+
+def _shared(texts: dict[str, bytes], key: str, stems: set[str]) -> bytes | None:
+    """The text of what has none of its own name: that of the key, or the only one that is of no audio's name.
+
+    `c.left.txt` is not the text of `c.right.wav`, and `c.old.txt` is not that of `c.wav` if there is a `c.txt`.
+    """
+    others = [data for stem, data in texts.items() if stem not in stems]
+    return texts.get(key, others[0] if len(others) == 1 else None)
 
 
 def _unreadable(member: tarfile.TarInfo) -> InputError:

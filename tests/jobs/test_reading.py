@@ -237,6 +237,21 @@ TAR = {
 }
 
 
+def test_each_audio_of_a_key_has_its_own_text(tmp_path):
+    wav = audio_bytes(0.1)
+    members = {"a.left.wav": wav, "a.left.txt": b"left", "a.right.wav": wav, "a.right.txt": b"right", "a.mid.wav": wav}
+    members |= {"b.wav": wav, "b.txt": b"spoken", "b.normalized.txt": b"other", "b.json": b"{}", "b.old.json": b"[]"}
+    members |= {"c.left.wav": wav, "c.right.wav": wav, "c.txt": b"both", "d.wav": wav, "d.en.txt": b"the only one"}
+    members |= {"./2024.05.x.wav": wav, "./2024.05.x.txt": b"x", "./2024.05.y.wav": wav, "./2024.05.y.txt": b"y"}
+    (tmp_path / "t.tar").write_bytes(tar_bytes(members))
+    items = {item.member: item for item in read(Storage(str(tmp_path)))}
+    assert {name: item.reference for name, item in items.items()} == {
+        "a.left.wav": "left", "a.right.wav": "right", "a.mid.wav": None, "b.wav": "spoken", "c.left.wav": "both",
+        "c.right.wav": "both", "d.wav": "the only one", "./2024.05.x.wav": "x", "./2024.05.y.wav": "y",
+    }  # fmt: skip
+    assert items["b.wav"].extra == "{}"
+
+
 def test_texts_of_a_tar_are_valid_utf8_and_valid_json(tmp_path):
     record = b'{"text": "hi \\ud83d", "k\\ud83d": "\\ud83d\\ude00", "snr": NaN, "a": [-Infinity, 1e999, 1.5]}'
     (tmp_path / "x.tar").write_bytes(tar_bytes({"a.wav": audio_bytes(0.1), "a.json": record}))
