@@ -86,7 +86,7 @@ def read_tar(tar_id: str, source: str, reader: SourceReader) -> Iterator[ReadIte
     Ids are `tar_id/key`; the 2nd, 3rd, ... audio of one key get `~2`, `~3`. What lies behind a tear is one error row,
     and so is a tar whose members are all something else; one without members holds no item, and gives none.
     """
-    taken: set[str] = set()
+    taken: dict[str, int] = {}
     done, others, example = 0, 0, ""
     try:
         with reader.stream(source) as file:
@@ -246,12 +246,18 @@ def _utf8(text: str) -> str:
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
-def _unused(item_id: str, taken: set[str]) -> str:
-    candidate, occurrence = item_id, 1
+def _unused(item_id: str, taken: dict[str, int]) -> str:
+    """The id, or the first `id~2`, `id~3`, ... that is not taken.
+
+    Args:
+        taken: id -> the number to go on from: a tar may have 100,000 members of one key.
+    """
+    candidate, occurrence = item_id, taken.get(item_id, 1)
     while candidate in taken:
         occurrence += 1
         candidate = f"{item_id}~{occurrence}"
-    taken.add(candidate)
+    taken[item_id] = occurrence
+    taken.setdefault(candidate, 1)
     return candidate
 
 

@@ -23,7 +23,7 @@ from job_samples import audio_bytes, jsonl, tar_bytes
 import jobs.sources.reader
 from jobs.inputs.plan_rows import PLAN_SCHEMA, plan_batch
 from jobs.inputs.scan import InputOptions, scan_input
-from jobs.reading.containers import read_row_group
+from jobs.reading.containers import read_row_group, read_tar
 from jobs.reading.items import ReadItem, ReadLimits, SourceFile, _fetch_ahead, read_items
 from jobs.sources.guarded_http import fetch_http
 from jobs.sources.reader import SourceReader
@@ -250,6 +250,18 @@ def test_each_audio_of_a_key_has_its_own_text(tmp_path):
         "c.right.wav": "both", "d.wav": "the only one", "./2024.05.x.wav": "x", "./2024.05.y.wav": "y",
     }  # fmt: skip
     assert items["b.wav"].extra == "{}"
+
+
+def test_many_members_of_one_key_cost_no_more_than_others(tmp_path):
+    seconds = []
+    for name in ("2024.05.{}.wav", "2024-05-{}.wav"):
+        (tmp_path / "x.tar").write_bytes(tar_bytes({name.format(n): b"x" for n in range(8000)}))
+        started = time.perf_counter()
+        items = list(read_tar("x.tar", str(tmp_path / "x.tar"), SourceReader()))
+        seconds.append(time.perf_counter() - started)
+        assert len({item.id for item in items}) == 8000
+    assert items[7999].id == "x.tar/2024-05-7999"
+    assert seconds[0] < 3 * seconds[1]
 
 
 def test_texts_of_a_tar_are_valid_utf8_and_valid_json(tmp_path):
