@@ -220,12 +220,13 @@ def _unreadable(member: tarfile.TarInfo) -> InputError:
 def _texts(text: bytes | None, metadata: bytes | None) -> tuple[str | None, str | None]:
     """(reference, extra) from a `.txt` and a `.json` member, both valid UTF-8 and `extra` valid JSON.
 
-    What is not text becomes a replacement character; NaN, Infinity and numbers over the range of a float become null.
+    What is not text becomes a replacement character, a byte order mark goes; NaN, Infinity and numbers over the range
+    of a float become null.
     """
-    reference = text.decode("utf-8", "replace").strip() if text is not None else None
+    reference = text.decode("utf-8-sig", "replace").strip() if text is not None else None
     if metadata is None:
         return reference, None
-    raw = metadata.decode("utf-8", "replace")
+    raw = metadata.decode("utf-8-sig", "replace")
     try:
         record = json.loads(raw, parse_float=_finite, parse_constant=_finite)
         extra = _utf8(json.dumps(record, ensure_ascii=False, allow_nan=False))

@@ -273,6 +273,16 @@ def test_texts_of_a_tar_are_valid_utf8_and_valid_json(tmp_path):
     assert extra == {"text": "hi ?", "k?": "\U0001f600", "snr": None, "a": [None, None, 1.5]}
 
 
+def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path):
+    members = {"a.wav": audio_bytes(0.1), "a.txt": "\ufeffhello".encode()}
+    members |= {"b.wav": audio_bytes(0.1), "b.json": '\ufeff{"text": "hi"}'.encode()}
+    (tmp_path / "x.tar").write_bytes(tar_bytes(members))
+    assert [(item.reference, item.extra) for item in read(Storage(str(tmp_path)))] == [
+        ("hello", None),
+        ("hi", '{"text": "hi"}'),
+    ]
+
+
 @pytest.mark.parametrize("mode", ["w", "w:gz"])
 def test_a_tar_without_audio_says_so_in_one_row(storage, mode):
     inner = tar_bytes({"a.wav": audio_bytes(0.1)})
