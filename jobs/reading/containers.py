@@ -121,7 +121,7 @@ def _groups(file: IO[bytes]) -> Iterator[tuple[str, list[tuple[tarfile.TarInfo, 
         for archive, member in _members(plain):
             if member.size < 0:
                 raise tarfile.ReadError(f"member {member.name!r:.100} claims {member.size} bytes")
-            if member.isdir():
+            if member.isdir() or _is_apple_double(member.name):
                 continue
             data = _member_bytes(archive, member)
             if key is not None and _key(member.name) != key:
@@ -164,6 +164,11 @@ def _member_bytes(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes | 
 
 def _is_plain(member: tarfile.TarInfo) -> bool:
     return member.isreg() and not member.issparse()  # a sparse member of a few bytes can unfold to gigabytes of zeros
+
+
+def _is_apple_double(name: str) -> bool:
+    """Tell whether this is what tar on a Mac writes before each file that has attributes: `._a.wav` before `a.wav`."""
+    return name.rpartition("/")[2].startswith("._")
 
 
 def _key(name: str) -> str:

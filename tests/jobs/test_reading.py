@@ -273,6 +273,14 @@ def test_texts_of_a_tar_are_valid_utf8_and_valid_json(tmp_path):
     assert extra == {"text": "hi ?", "k?": "\U0001f600", "snr": None, "a": [None, None, 1.5]}
 
 
+def test_attributes_that_a_mac_has_put_beside_the_files_are_no_items(tmp_path):
+    attributes = b"\0\5\x16\7" + bytes(100)
+    members = {"./._d": attributes, "d/._a.wav": attributes, "d/a.wav": audio_bytes(0.1)}
+    members |= {"d/._a.txt": attributes, "d/a.txt": b"hello"}
+    (tmp_path / "x.tar").write_bytes(tar_bytes(members))
+    assert [(item.id, item.reference) for item in read(Storage(str(tmp_path)))] == [("x.tar/d/a", "hello")]
+
+
 def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path):
     members = {"a.wav": audio_bytes(0.1), "a.txt": "\ufeffhello".encode()}
     members |= {"b.wav": audio_bytes(0.1), "b.json": '\ufeff{"text": "hi"}'.encode()}
