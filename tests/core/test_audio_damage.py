@@ -126,6 +126,29 @@ def test_streamed_au_and_aiff(container, size_at):
         np.testing.assert_array_equal(decode_audio(streamed), decode_audio(data))
 
 
+@pytest.mark.parametrize(
+    ("container", "chunk", "size_at", "size"),
+    [
+        ("RF64", b"ds64", 8, bytes(24)),  # ffmpeg -rf64 always
+        ("RF64", b"ds64", 8, b"\xff" * 24),
+        ("W64", b"data", 16, b"\xff" * 7 + b"\x7f"),  # ffmpeg
+        ("CAF", b"data", 4, b"\xff" * 8),  # as its specification has it
+    ],
+)
+def test_streamed_files_with_sizes_of_64_bits(container, chunk, size_at, size, tmp_path):
+    data = encode(make_sound(2), container=container)
+    at = data.index(chunk) + size_at
+    streamed = data[:at] + size + data[at + len(size) :]
+    path = tmp_path / "streamed"
+    path.write_bytes(streamed)
+    whole = decode_audio(data)
+    for source in (streamed, path):
+        assert probe_audio(source).frames == 32000
+        np.testing.assert_array_equal(decode_audio(source), whole)
+        np.testing.assert_array_equal(decode_audio(source, offset_s=1, duration_s=0.5), whole[16000:24000])
+    assert catch(lambda: decode_audio(streamed[: len(data) - 64000])).kind is ErrorKind.EMPTY_FILE
+
+
 def test_chunks_behind_the_samples_are_no_samples():
     data = encode(make_sound(1))
     note = b"LIST" + struct.pack("<I", 4) + b"INFO"
