@@ -6,12 +6,14 @@ Knows nothing of the samples.
 import re
 import struct
 from collections.abc import Iterator
+from dataclasses import replace
 
 from parakeet_core.audio_info import Header
 from parakeet_core.audio_source import Source
 
 MAX_CHUNKS = 100_000  # a fragmented mp4 of 12 h may have two boxes a second; bounds the walk over junk
 MAX_HEAD_BYTES = 1 << 20  # chunks before the samples that are copied to correct the sizes of a streamed file
+MPEG_LAYER_III = 0x55  # the format tag of mp3 in a wav, as telephone systems keep it
 OPEN_SIZE = 2**63 - 2**16  # 64-bit sizes from here on are those of writers to a pipe: ffmpeg's w64 has 2^63 - 1
 
 
@@ -58,14 +60,17 @@ def report_cut_header(src: Source, container: str, whole: int, rate: int | None,
 
 def read_riff(src: Source, magic: bytes) -> Header:
     order = ">" if magic[:4] == b"RIFX" else "<"
-    rate = channels = long_size = None
+    codec = rate = channels = long_size = None
     ds64_at = 0
     for name, body, size in _walk_chunks(src, 12, struct.Struct(order + "4sI"), 2):
         if name == b"fmt " and len(fmt := src.peek(body, 8)) == 8:
-            _, channels, rate = struct.unpack(order + "HHI", fmt)
+            codec, channels, rate = struct.unpack(order + "HHI", fmt)
         elif name == b"ds64" and len(ds64 := src.peek(body, 16)) == 16:
             long_size, ds64_at = struct.unpack("<QQ", ds64)[1], body
         elif name == b"data":
+            if codec == MPEG_LAYER_III:
+                sized = None if _is_placeholder(size) else size
+                return replace(compare_sizes(src, "WAV", rate, channels, body, sized), mpeg_at=body)
             if magic[:4] == b"RF64" and size == 0xFFFFFFFF:
                 if ds64_at and (long_size >= OPEN_SIZE or long_size == 0 and not _ends_in_chunks(src, body, order)):
                     sizes = struct.pack("<QQQ", src.size - 8, max(0, src.size - body), 0)

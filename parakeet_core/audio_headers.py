@@ -11,6 +11,7 @@ Knows nothing of decoders, sample values or resampling.
 
 import struct
 import zlib
+from dataclasses import replace
 
 from parakeet_core.audio_chunks import (
     MAX_CHUNKS,
@@ -39,7 +40,7 @@ def read_header(src: Source) -> Header | None:
     if start:
         return _read_mp3(src, start) or Header("MP3")
     if magic[:4] in (b"RIFF", b"RIFX", b"RF64") and magic[8:12] == b"WAVE":
-        return read_riff(src, magic)
+        return _unwrap_mp3(src, read_riff(src, magic))
     if magic[4:8] in (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip"):
         return _read_mp4(src)
     for prefix, reader in _READERS:
@@ -121,6 +122,15 @@ def _read_mp3(src: Source, start: int) -> Header | None:
     frames = count_frames(src, keep)
     head = (info_frame(src.peek(offset, 4), frames), keep)
     return Header("MP3", rate, channels, max_frames=limit, mpeg_frames=frames * frame.samples, head=head)
+
+
+def _unwrap_mp3(src: Source, wav: Header) -> Header:
+    """The mp3 that a wav holds, without the wav: in one, libsndfile guesses the length from the first frame."""
+    inner = _read_mp3(src, wav.mpeg_at) if wav.mpeg_at is not None else None
+    if inner is None:
+        return wav
+    head = inner.head or (b"", wav.mpeg_at)
+    return replace(inner, cut=wav.cut or inner.cut, head=head, mpeg_at=wav.mpeg_at)
 
 
 # Containers that PyAV decodes.

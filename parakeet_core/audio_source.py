@@ -51,14 +51,14 @@ class Source(io.RawIOBase):
     def handle(self) -> BinaryIO:
         """The object for a decoder: the plain BytesIO where it will do, as its reads cost no Python call."""
         self.seek(0)
-        if self._data is not None and not self._head:
+        if self._data is not None and not self._head and not self._skip:
             self._file.seek(0)
             return self._file
         return self
 
     def peek(self, offset: int, count: int) -> bytes:
         """Return up to `count` bytes at `offset`, fewer only at the end."""
-        if self._data is not None and not self._head:
+        if self._data is not None and not self._head and not self._skip:
             return self._data[offset : offset + count]
         if offset >= self.size:
             return b""

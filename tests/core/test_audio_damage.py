@@ -268,6 +268,30 @@ def test_mp3_without_a_tag():
             np.testing.assert_array_equal(decode_audio(bare), bare_by_libsndfile)
 
 
+def wav_of_mp3(mp3: bytes) -> bytes:
+    layout = struct.pack("<IHHIIHHHHIHHH", 30, 0x55, 1, 16000, 4000, 1, 0, 12, 1, 2, 576, 1, 1393)
+    body = b"WAVEfmt " + layout + b"data" + struct.pack("<I", len(mp3)) + mp3
+    return b"RIFF" + struct.pack("<I", len(body)) + body
+
+
+@pytest.mark.parametrize("mode", ["VARIABLE", "CONSTANT"])
+def test_mp3_in_a_wav(mode):
+    sound = make_sound(30) * (np.arange(30 * 16000) < 160_000)  # the first frames are long, those of silence short
+    tagged = encode(sound, container="MP3", codec="MPEG_LAYER_III", bitrate_mode=mode, compression_level=0.2)
+    bare = tagged[mpeg_frames(tagged)[1] :]
+    note = b"LIST" + struct.pack("<I", 4) + b"INFO"
+    np.testing.assert_array_equal(decode_audio(wav_of_mp3(tagged)), decode_audio(tagged))
+    whole = decode_audio(wav_of_mp3(bare))
+    assert 0 <= len(whole) - 480_000 <= 3 * 576
+    assert np.corrcoef(whole[576:160_000], decode_audio(tagged)[: 160_000 - 576])[0, 1] > 0.999
+    np.testing.assert_array_equal(decode_audio(wav_of_mp3(bare) + note), whole)
+    segment = decode_audio(wav_of_mp3(bare), offset_s=8, duration_s=3)
+    np.testing.assert_allclose(segment, whole[128_000:176_000], atol=1e-6)
+    cut = wav_of_mp3(bare)[: len(bare) // 2]
+    assert catch(lambda: decode_audio(cut)).kind is ErrorKind.TRUNCATED
+    np.testing.assert_allclose(decode_audio(cut, duration_s=2), whole[:32_000], atol=1e-6)
+
+
 def test_mp3_joined_end_to_end():
     first, second = (encode(make_sound(s, seed=s), container="MP3", codec="MPEG_LAYER_III") for s in (5, 3))
     assert len(soundfile.read(io.BytesIO(first + second))[0]) == 5 * 16000  # the tag of the first hides the second
