@@ -37,6 +37,8 @@ def read_header(src: Source) -> Header | None:
     magic = src.peek(start, 16)
     if magic[:4] == b"fLaC":
         return _read_flac(src, start)
+    if len(magic) > 2 and magic[0] == 0xFF and magic[1] & 0xF6 == 0xF0:  # MPEG sync word with layer 0: AAC in ADTS
+        return Header("ADTS")
     if start:
         return _read_mp3(src, start) or Header("MP3")
     if magic[:4] in (b"RIFF", b"RIFX", b"RF64") and magic[8:12] == b"WAVE":
@@ -46,8 +48,6 @@ def read_header(src: Source) -> Header | None:
     for prefix, reader in _READERS:
         if magic.startswith(prefix):
             return reader(src)
-    if len(magic) > 2 and magic[0] == 0xFF and magic[1] & 0xF6 == 0xF0:  # MPEG sync word with layer 0: AAC in ADTS
-        return Header("ADTS")
     return _read_mp3(src, 0) if len(magic) > 2 and magic[0] == 0xFF and magic[1] & 0xE0 == 0xE0 else None
 
 

@@ -107,6 +107,14 @@ def test_cut_files(name):
         assert catch(lambda: decode_audio(cut, offset_s=2, duration_s=5)).kind is ErrorKind.TRUNCATED
 
 
+def test_aac_behind_an_id3_tag():
+    """As radio recorders and segments of HTTP live streams have it."""
+    data, _ = make_item("adts")
+    tagged = b"ID3\x04\0\0\0\0\0\x3f" + bytes(63) + data
+    assert probe_audio(tagged).container == "ADTS"
+    np.testing.assert_array_equal(decode_audio(tagged), decode_audio(data))
+
+
 def test_ogg_streams_joined_end_to_end():
     for codec in ("VORBIS", "OPUS"):
         first, second = (encode(make_sound(s, seed=s), 16000, "OGG", codec) for s in (3, 2))
