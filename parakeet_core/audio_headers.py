@@ -84,7 +84,10 @@ def _read_ogg(src: Source) -> Header:
     serial = src.peek(14, 4)
     tail_start = max(0, src.size - 2 * OGG_PAGE_BYTES)
     tail = src.peek(tail_start, 2 * OGG_PAGE_BYTES)
-    page = tail[max(0, tail.rfind(b"OggS")) :]
+    last = tail.rfind(b"OggS")
+    if last < 0:
+        return Header("OGG", cut=f"no Ogg page in the last {len(tail)} bytes")
+    page = tail[last:]
     segments = page[26] if len(page) > 26 else 255
     size = 27 + segments + sum(page[27 : 27 + segments])
     cut = None

@@ -337,6 +337,9 @@ def test_ogg_pages(codec):
         assert what in error.message
     for size in (pages[-1] + 1, pages[-1] + 26, pages[-1] + 28, len(data) - 1):
         assert catch(lambda s=size: decode_audio(data[:s])).kind is ErrorKind.TRUNCATED
+    filled = data + bytes(200_000)  # by a download that was to be longer
+    assert "no Ogg page" in catch(lambda: decode_audio(filled)).message
+    np.testing.assert_array_equal(decode_audio(filled, duration_s=2), decode_audio(data, duration_s=2))
     recorded = decode_audio(data[: pages[-1]])  # whole pages without a last one: a live recording that was stopped
     np.testing.assert_array_equal(recorded, decode_audio(data)[: len(recorded)])
     joined = data[: pages[2]] + data[pages[4] :]  # and one that was joined in the middle
