@@ -95,6 +95,16 @@ def test_channels():
     assert catch(lambda: decode_audio(data, channel=2)).kind is ErrorKind.BAD_CHANNEL
 
 
+def test_eight_channels_in_planes():
+    sound = make_sound(2, 48000, 8)
+    data = encode_av(sound, 48000, "ipod", "aac")
+    for channel in (0, 5, 7):
+        waveform = decode_audio(data, 48000, channel=channel)
+        assert np.corrcoef(waveform[: len(sound)], sound[:, channel])[0, 1] > 0.95
+    mixed = np.mean([decode_audio(data, 48000, channel=channel) for channel in range(8)], axis=0)
+    np.testing.assert_allclose(decode_audio(data, 48000), mixed, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_cut_files(name):
     data, _ = make_item(name)
