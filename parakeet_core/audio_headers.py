@@ -28,6 +28,7 @@ from parakeet_core.audio_info import Header
 from parakeet_core.audio_mp3 import count_frames, find_frame, goes_on, has_whole_frame, info_frame, skip_id3
 from parakeet_core.audio_source import Source
 
+OGG_BEGIN = b"OggS\0\2"  # a page that begins a stream
 OGG_PAGE_BYTES = 27 + 255 + 255 * 255  # the longest page: header, lacing table, segments (RFC 3533)
 
 
@@ -82,6 +83,9 @@ def _ogg_checksum(page: bytes) -> int:
 
 def _read_ogg(src: Source) -> Header:
     serial = src.peek(14, 4)
+    first = 0  # page that does not begin a stream
+    while (head := src.peek(first, 27 + 255))[:6] == OGG_BEGIN and len(head) > 26:
+        first += 27 + head[26] + sum(head[27 : 27 + head[26]])
     tail_start = max(0, src.size - 2 * OGG_PAGE_BYTES)
     tail = src.peek(tail_start, 2 * OGG_PAGE_BYTES)
     last = tail.rfind(b"OggS")
@@ -98,7 +102,9 @@ def _read_ogg(src: Source) -> Header:
     elif page[size:] and b"OggS".startswith(page[size : size + 4]):
         cut = "the file ends inside the header of an Ogg page"
     # A missing end-of-stream flag is no evidence: recorders of live streams stop without one.
-    return Header("OGG", cut=cut, chained=cut is None and page[14:18] != serial)
+    # Streams of one serial number may not be joined, and are. Of the first, libsndfile reads as much as the last has.
+    chained = page[14:18] != serial or src.find(OGG_BEGIN, first) >= 0
+    return Header("OGG", cut=cut, chained=cut is None and chained)
 
 
 def _read_mp3(src: Source, start: int) -> Header | None:

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from parakeet_core.audio import decode_audio, load_audio, probe_audio
+from parakeet_core.audio_headers import _ogg_checksum
 from parakeet_core.errors import ErrorKind, InputError
 
 av = pytest.importorskip("av", reason="the extra parakeet-batch[av] is not installed")
@@ -133,6 +134,30 @@ def test_ogg_streams_joined_end_to_end():
         assert 5.0 <= joined.duration_s < 5.05  # libsndfile reads the first 3 s of it
         assert np.corrcoef(joined.waveform[:48000], decode_audio(first))[0, 1] > 0.99
         assert np.corrcoef(joined.waveform[-32000:], decode_audio(second))[0, 1] > 0.99
+
+
+def with_serial(ogg: bytes, serial: bytes) -> bytes:
+    """Give the stream of an Ogg file another serial number."""
+    pages, at = [], 0
+    while at < len(ogg):
+        size = 27 + ogg[at + 26] + sum(ogg[at + 27 : at + 27 + ogg[at + 26]])
+        page = ogg[at : at + 14] + serial + ogg[at + 18 : at + 22] + bytes(4) + ogg[at + 26 : at + size]
+        pages.append(page[:22] + _ogg_checksum(page).to_bytes(4, "little") + page[26:])
+        at += size
+    return b"".join(pages)
+
+
+@pytest.mark.parametrize("codec", ["VORBIS", "OPUS"])
+def test_ogg_streams_of_one_serial_number_joined(codec, tmp_path):
+    long, short = (with_serial(encode(make_sound(s, seed=s), 16000, "OGG", codec), b"same") for s in (9, 2))
+    other = with_serial(short, b"else")
+    for streams, seconds in (([long, short], 11), ([short, long], 11), ([short, short], 4), ([short, other, short], 6)):
+        path = tmp_path / "joined"
+        path.write_bytes(b"".join(streams))
+        for source in (path.read_bytes(), path):
+            assert seconds <= load_audio(source).duration_s < seconds + 0.1
+    assert probe_audio(long).container == "OGG"
+    assert probe_audio(long).frames == 9 * 16000  # one stream is read by libsndfile
 
 
 def test_a_storage_error_is_not_called_damage():
