@@ -1,5 +1,6 @@
 """jobs/reading, jobs/sources: plan rows -> one item each, with bytes or with the error that becomes its row."""
 
+import contextlib
 import gzip
 import http.server
 import io
@@ -538,6 +539,62 @@ def test_signed_urls_open_their_audio_and_what_is_cut_short_is_fetched_again(tmp
     assert re.fullmatch(r"http://rebound\.example:\d+/x\.wav\?\*\*\*[0-9a-f]{12}", item.id)
 
 
+def test_a_body_that_never_ends_is_given_up(monkeypatch):
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header("Content-Length", "1000000")
+            self.end_headers()
+            with contextlib.suppress(OSError):
+                for _ in range(100):
+                    self.wfile.write(b"x")
+                    time.sleep(0.05)
+
+    monkeypatch.setattr("jobs.sources.guarded_http.is_public", lambda _address: True)  # the server is on the loopback
+    monkeypatch.setattr("jobs.sources.guarded_http.HTTP_TIMEOUT_S", 1)  # which no pause between two bytes meets
+    monkeypatch.setattr("jobs.sources.guarded_http.SLOW_AFTER_S", 0.5, raising=False)
+    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.handle_request, daemon=True).start()
+        started = time.monotonic()
+        with pytest.raises(InputError) as caught:
+            fetch_through_name(f"http://rebound.example:{server.server_port}/x.wav", patience_s=0)
+    assert time.monotonic() - started < 4
+    assert caught.value.kind == ErrorKind.STORAGE
+    assert "expected 2000 a second" in caught.value.message
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_large_body_comes_whole_or_is_too_long(chunked, monkeypatch):
+    body = np.random.default_rng(0).bytes(3_000_001)
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"  # the connection stays open behind the body
+
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header(*(("Transfer-Encoding", "chunked") if chunked else ("Content-Length", str(len(body)))))
+            self.end_headers()
+            with contextlib.suppress(OSError):
+                for start in range(0, len(body), 700_000):
+                    piece = body[start : start + 700_000]
+                    self.wfile.write(b"%x\r\n%b\r\n" % (len(piece), piece) if chunked else piece)
+                self.wfile.write(b"0\r\n\r\n" if chunked else b"")
+            self.close_connection = True
+
+    monkeypatch.setattr("jobs.sources.guarded_http.is_public", lambda _address: True)  # the server is on the loopback
+    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://rebound.example:{server.server_port}/x.wav"
+        assert fetch_through_name(url) == body
+        monkeypatch.setattr("jobs.sources.guarded_http.MAX_BODY_BYTES", len(body))
+        assert fetch_through_name(url) == body
+        monkeypatch.setattr("jobs.sources.guarded_http.MAX_BODY_BYTES", len(body) - 1)
+        with pytest.raises(InputError) as caught:
+            fetch_through_name(url)
+        server.shutdown()
+    assert caught.value.kind == ErrorKind.TOO_LONG
+
+
 def test_a_redirect_to_ftp_is_not_followed(monkeypatch):
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
@@ -585,10 +642,10 @@ def resolve_rebound(original):
     return resolve
 
 
-def fetch_through_name(url: str) -> bytes:
+def fetch_through_name(url: str, **options) -> bytes:
     original = socket.getaddrinfo
     socket.getaddrinfo = resolve_rebound(original)
     try:
-        return fetch_http(url)
+        return fetch_http(url, **options)
     finally:
         socket.getaddrinfo = original
