@@ -47,6 +47,7 @@ SEGMENT_TOLERANCE_S = 0.25
 # Full scale is 1.0, and 2^31 where 32-bit integers were kept as floats. Nothing louder was ever recorded, and from some
 # 2^60 on its squares overflow: all features of the item would be NaN, and its text empty or junk.
 MAX_LEVEL = 2.0**40
+LONGEST_S = 1e9  # 31 years; sample numbers of what is beyond may not fit the integers of decoders
 BLOCK_SAMPLES = 1 << 16  # decoded at a time, over all channels; 256 KiB, soxr's fastest (measured 64 KiB to 4 MiB)
 DIRECT_SAMPLES = 1 << 20  # the same where nothing is resampled: 65 s at 16 kHz come without a copy
 
@@ -188,8 +189,9 @@ def _resolve_channel(src: Source, info: AudioInfo, channel: str | int) -> int | 
 def _resolve_segment(src: Source, decoder, offset_s: float, duration_s: float | None) -> tuple[int, int | None]:
     """Return first frame and number of frames (None: up to an end that is not known)."""
     for name, value in (("offset", offset_s), ("duration", duration_s)):
-        if value is not None and not (math.isfinite(value) and value >= 0):
-            raise src.fail(ErrorKind.BAD_SEGMENT, f"{name} {value} s, expected 0 or more: correct the manifest")
+        if value is not None and not 0 <= value < LONGEST_S:  # NaN compares as false
+            found = f"{name} {value} s, expected 0 or more and less than {LONGEST_S:.0e}"
+            raise src.fail(ErrorKind.BAD_SEGMENT, f"{found}: correct the manifest")
     rate, total = decoder.info.sample_rate_hz, decoder.info.frames
     start = math.floor(offset_s * rate + 0.5)
     count = None if duration_s is None else math.floor(duration_s * rate + 0.5)

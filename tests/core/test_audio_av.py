@@ -75,7 +75,7 @@ def test_segments(name):
             assert max(likeness) == likeness[3] > 0.95
         else:
             assert min(np.abs(segment - part).max() for part in parts) < 1e-4
-    for wrong in ((7.5, 2.0), (9.0, None), (20.0, 1.0)):
+    for wrong in ((7.5, 2.0), (9.0, None), (20.0, 1.0), (1e300, 1.0)):
         error = catch(lambda w=wrong: decode_audio(data, rate, offset_s=w[0], duration_s=w[1]))
         assert error.kind is ErrorKind.BAD_SEGMENT
     assert len(decode_audio(data, rate, offset_s=7.0, duration_s=1.2)) >= rate  # the tolerance at the end
