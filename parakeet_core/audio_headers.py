@@ -29,6 +29,7 @@ from parakeet_core.audio_mp3 import count_frames, find_frame, goes_on, has_whole
 from parakeet_core.audio_source import Source
 
 OGG_BEGIN = b"OggS\0\2"  # a page that begins a stream
+FOREIGN_OGG_CODECS = (b"\x7fFLAC", b"Speex   ")  # that libsndfile, as its wheel is built, does not read in Ogg
 OGG_PAGE_BYTES = 27 + 255 + 255 * 255  # the longest page: header, lacing table, segments (RFC 3533)
 
 
@@ -104,7 +105,8 @@ def _read_ogg(src: Source) -> Header:
     # A missing end-of-stream flag is no evidence: recorders of live streams stop without one.
     # Streams of one serial number may not be joined, and are. Of the first, libsndfile reads as much as the last has.
     chained = page[14:18] != serial or src.find(OGG_BEGIN, first) >= 0
-    return Header("OGG", cut=cut, chained=cut is None and chained)
+    codec = src.peek(28, 8)  # the first packet, behind the header of a page that holds nothing else
+    return Header("OGG", cut=cut, chained=cut is None and chained, foreign=codec.startswith(FOREIGN_OGG_CODECS))
 
 
 def _read_mp3(src: Source, start: int) -> Header | None:

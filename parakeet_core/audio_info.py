@@ -46,6 +46,7 @@ class Header:
         mpeg_frames: sample frames found by walking an mp3 that does not declare them.
         head: replacement for the first bytes, and how many they replace, that makes the file readable to libsndfile.
         chained: an Ogg file of several logical streams.
+        foreign: an Ogg file of a codec that libsndfile lacks.
     """
 
     container: str
@@ -59,6 +60,7 @@ class Header:
     mpeg_frames: int | None = None
     head: tuple[bytes, int] | None = None
     chained: bool = False
+    foreign: bool = False
 
 
 def check_layout(src: Source, sample_rate_hz: int, channels: int) -> None:

@@ -25,6 +25,7 @@ FORMATS = {
     "mkv pcm": ("matroska", "pcm_s16le", 16000, 1, ("MATROSKA", "PCM_S16LE"), 0),
     "mkv flac": ("matroska", "flac", 16000, 2, ("MATROSKA", "FLAC"), 0),
     "mov pcm": ("mov", "pcm_s16le", 16000, 1, ("MP4", "PCM_S16LE"), 0),
+    "ogg flac": ("ogg", "flac", 16000, 1, ("OGG", "FLAC"), 0),
     "adts": ("adts", "aac", 16000, 1, ("ADTS", "AAC"), 1024),
 }
 
