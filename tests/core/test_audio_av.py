@@ -191,9 +191,10 @@ def test_no_audio_inside():
 
 
 def test_without_the_extra(monkeypatch):
-    monkeypatch.setitem(sys.modules, "av", None)  # `import av` now fails as if it were not installed
     chained = encode(make_sound(1), 16000, "OGG", "OPUS") + encode(make_sound(1), 16000, "OGG", "OPUS")
-    for data in (make_item("m4a")[0], make_item("webm")[0], make_item("adts")[0], chained):
+    items = [chained, *(make_item(name)[0] for name in ("m4a", "webm", "adts", "ogg flac"))]
+    monkeypatch.setitem(sys.modules, "av", None)  # `import av` now fails as if it were not installed
+    for data in items:
         for call in (decode_audio, probe_audio):
             error = catch(lambda d=data, c=call: c(d))
             assert error.kind is ErrorKind.DECODER_MISSING
