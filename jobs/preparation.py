@@ -3,6 +3,8 @@
 Knows nothing of Ray: a run that finds nothing to do, or is refused, ends here in seconds.
 """
 
+import os
+import re
 import sys
 import time
 from dataclasses import dataclass, field
@@ -221,14 +223,20 @@ def _plan_new_items(
 
 def _check_apart(config: TranscribeConfig, storage: Storage, pattern: str | None, name: str | None) -> None:
     """Refuse an output that the next run would find in its input, which is what `resolve_input` makes of it."""
-    folder = storage.source("").rstrip("/")
-    output = Storage(config.output, config.storage()).source("").rstrip("/")
-    reached = name is None and (pattern is None or "**" in pattern)
-    if reached and (output == folder or output.startswith(f"{folder}/")):
+    folder, output = _real_path(storage), _real_path(Storage(config.output, config.storage()))
+    if name is not None or not f"{output}/".startswith(f"{folder}/"):
+        return
+    part = f"{output}/{TABLE_FOLDER}/part-0.parquet".removeprefix(f"{folder}/")
+    if pattern is None or "**" in pattern or re.match(glob_translate(pattern), part):
         raise ConfigError(
             f"--output {scrub(config.output)} lies in --input {scrub(config.input)}: the next run would read its files "
             "as input; give a folder beside it"
         )
+
+
+def _real_path(storage: Storage) -> str:
+    """Where a folder is, whatever links lead there."""
+    return (os.path.realpath(storage.root) if storage.is_local else storage.source("")).rstrip("/")
 
 
 def _spelt(storage: Storage, pattern: str | None, name: str | None) -> str:

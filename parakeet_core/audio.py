@@ -31,6 +31,7 @@ from parakeet_core.errors import ErrorKind, InputError
 
 __all__ = [
     "DEFAULT_MAX_DURATION_S",
+    "MAX_LEVEL",
     "SEGMENT_TOLERANCE_S",
     "Audio",
     "AudioInfo",
@@ -43,6 +44,10 @@ DEFAULT_MAX_DURATION_S = 12 * 3600.0  # 2.8 GB of float32 at 16 kHz; longer reco
 # A segment may end this far behind the audio and is clipped. Manifests round durations, down to 0.1 s, and other tools
 # count the delay and padding of mp3 and AAC (at 16 kHz up to 0.11 s and 0.2 s), which libsndfile and FFmpeg cut off.
 SEGMENT_TOLERANCE_S = 0.25
+# Full scale is 1.0, and 2^31 where 32-bit integers were kept as floats. Nothing louder was ever recorded, and from some
+# 2^60 on its squares overflow: all features of the item would be NaN, and its text empty or junk.
+MAX_LEVEL = 2.0**40
+LONGEST_S = 1e9  # 31 years; sample numbers of what is beyond may not fit the integers of decoders
 BLOCK_SAMPLES = 1 << 16  # decoded at a time, over all channels; 256 KiB, soxr's fastest (measured 64 KiB to 4 MiB)
 DIRECT_SAMPLES = 1 << 20  # the same where nothing is resampled: 65 s at 16 kHz come without a copy
 
@@ -184,8 +189,9 @@ def _resolve_channel(src: Source, info: AudioInfo, channel: str | int) -> int | 
 def _resolve_segment(src: Source, decoder, offset_s: float, duration_s: float | None) -> tuple[int, int | None]:
     """Return first frame and number of frames (None: up to an end that is not known)."""
     for name, value in (("offset", offset_s), ("duration", duration_s)):
-        if value is not None and not (math.isfinite(value) and value >= 0):
-            raise src.fail(ErrorKind.BAD_SEGMENT, f"{name} {value} s, expected 0 or more: correct the manifest")
+        if value is not None and not 0 <= value < LONGEST_S:  # NaN compares as false
+            found = f"{name} {value} s, expected 0 or more and less than {LONGEST_S:.0e}"
+            raise src.fail(ErrorKind.BAD_SEGMENT, f"{found}: correct the manifest")
     rate, total = decoder.info.sample_rate_hz, decoder.info.frames
     start = math.floor(offset_s * rate + 0.5)
     count = None if duration_s is None else math.floor(duration_s * rate + 0.5)
@@ -253,12 +259,10 @@ def _to_mono(block: np.ndarray, column: int | None) -> np.ndarray:
 
 
 def _require_finite(src: Source, mono: np.ndarray, at_s: float) -> None:
-    if not np.isfinite(mono).all():
-        bad = int(np.count_nonzero(~np.isfinite(mono)))
+    if not (usable := np.abs(mono) <= MAX_LEVEL).all():  # NaN compares as false
+        found = f"{np.count_nonzero(~usable)} values that are NaN, infinite or over {MAX_LEVEL:.0e}"
         where = f"in the {len(mono)} samples from {at_s:.3f} s on"
-        raise src.fail(
-            ErrorKind.NON_FINITE, f"{bad} NaN or infinite values {where}, expected finite ones; encode it again"
-        )
+        raise src.fail(ErrorKind.NON_FINITE, f"{found} {where}; expected a full scale of 1.0: encode it again")
 
 
 def _resample(chunks: Iterator[np.ndarray], rate: int, sample_rate_hz: int) -> Iterator[np.ndarray]:

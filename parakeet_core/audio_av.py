@@ -1,4 +1,4 @@
-"""Decoding by FFmpeg through PyAV, an optional extra: m4a, mp4, aac, webm, mkv, and chains of Ogg streams.
+"""Decoding by FFmpeg through PyAV, an optional extra: m4a, mp4, aac, webm, mkv, and of Ogg chains, FLAC and Speex.
 
 The demuxer is named from the header that was read, never guessed by FFmpeg: its list has playlists, which would open
 the files and addresses that the content names.
@@ -14,14 +14,17 @@ from parakeet_core.audio_source import Source
 from parakeet_core.errors import ErrorKind
 
 DEMUXERS = {"MP4": "mov", "MATROSKA": "matroska", "ADTS": "aac", "OGG": "ogg"}
-SEEKABLE = frozenset({"MP4", "MATROSKA"})  # by time stamp: exact in mp4, to 1 ms in Matroska; ADTS and chains have none
+SEEKABLE = frozenset({"MP4", "MATROSKA"})  # by time stamp: exact in mp4, to 1 ms in Matroska; not ADTS, not chains
 PREROLL_S = 2.0  # decoded ahead of a segment: several frames of AAC with its band replication, and over Opus's 80 ms
+DTYPES = {"u8": "u1", "s16": "i2", "s32": "i4", "s64": "i8", "flt": "f4", "dbl": "f8"}  # FFmpeg's names, packed
 SCALES = {"u1": 2.0**7, "i2": 2.0**15, "i4": 2.0**31, "i8": 2.0**63}  # integer sample formats to full scale 1.0
 
 
 def needs_av(header: Header | None) -> bool:
     """Tell whether libsndfile lacks the format, or would read only a part of it."""
-    return header is not None and header.container in DEMUXERS and (header.container != "OGG" or header.chained)
+    if header is None or header.container not in DEMUXERS:
+        return False
+    return header.container != "OGG" or header.chained or header.foreign
 
 
 class AvDecoder:
@@ -144,13 +147,24 @@ class AvDecoder:
         if found != expected:
             change = f"{expected} to {found} after {position / expected[0]:.3f} s"
             raise self._src.fail(ErrorKind.NOT_AUDIO, f"rate and channels change from {change}; split or convert it")
-        samples = frame.to_ndarray()  # [C, n] planar, [1, n * C] packed
-        samples = samples.T if frame.format.is_planar else samples.reshape(-1, found[1])
+        samples = self._stored_samples(frame)
         if samples.dtype.kind == "f":
             return samples.astype(np.float32)
         scale = SCALES[samples.dtype.str[1:]]
         offset = scale if samples.dtype.kind == "u" else 0.0
         return ((samples - np.float64(offset)) / scale).astype(np.float32)
+
+    def _stored_samples(self, frame) -> np.ndarray:
+        """[n, C] in the type of the codec.
+
+        Not by `frame.to_ndarray()`: it goes through the planes up to a null pointer, which from 8 channels on is not
+        there, and crashes (PyAV 18).
+        """
+        dtype, channels = DTYPES[frame.format.packed.name], self.info.channels
+        plane = self._av.audio.plane.AudioPlane
+        if not frame.format.is_planar:
+            return np.frombuffer(plane(frame, 0), dtype, frame.samples * channels).reshape(-1, channels)
+        return np.stack([np.frombuffer(plane(frame, index), dtype, frame.samples) for index in range(channels)]).T
 
     def close(self) -> None:
         self._container.close()

@@ -6,12 +6,15 @@ Knows nothing of the samples.
 import re
 import struct
 from collections.abc import Iterator
+from dataclasses import replace
 
 from parakeet_core.audio_info import Header
 from parakeet_core.audio_source import Source
 
 MAX_CHUNKS = 100_000  # a fragmented mp4 of 12 h may have two boxes a second; bounds the walk over junk
-MAX_HEAD_BYTES = 1 << 20  # chunks before the samples that are copied to correct a streamed wav's sizes
+MAX_HEAD_BYTES = 1 << 20  # chunks before the samples that are copied to correct the sizes of a streamed file
+MPEG_LAYER_III = 0x55  # the format tag of mp3 in a wav, as telephone systems keep it
+OPEN_SIZE = 2**63 - 2**16  # 64-bit sizes from here on are those of writers to a pipe: ffmpeg's w64 has 2^63 - 1
 
 
 def _walk_chunks(src: Source, start: int, layout: struct.Struct, align: int) -> Iterator[tuple[bytes, int, int]]:
@@ -57,14 +60,21 @@ def report_cut_header(src: Source, container: str, whole: int, rate: int | None,
 
 def read_riff(src: Source, magic: bytes) -> Header:
     order = ">" if magic[:4] == b"RIFX" else "<"
-    rate = channels = long_size = None
+    codec = rate = channels = long_size = None
+    ds64_at = 0
     for name, body, size in _walk_chunks(src, 12, struct.Struct(order + "4sI"), 2):
         if name == b"fmt " and len(fmt := src.peek(body, 8)) == 8:
-            _, channels, rate = struct.unpack(order + "HHI", fmt)
+            codec, channels, rate = struct.unpack(order + "HHI", fmt)
         elif name == b"ds64" and len(ds64 := src.peek(body, 16)) == 16:
-            long_size = struct.unpack("<QQ", ds64)[1]
+            long_size, ds64_at = struct.unpack("<QQ", ds64)[1], body
         elif name == b"data":
+            if codec == MPEG_LAYER_III:
+                sized = None if _is_placeholder(size) else size
+                return replace(compare_sizes(src, "WAV", rate, channels, body, sized), mpeg_at=body)
             if magic[:4] == b"RF64" and size == 0xFFFFFFFF:
+                if ds64_at and (long_size >= OPEN_SIZE or long_size == 0 and not _ends_in_chunks(src, body, order)):
+                    sizes = struct.pack("<QQQ", src.size - 8, max(0, src.size - body), 0)
+                    return _close_stream(src, "RF64", rate, channels, body, ds64_at, sizes)
                 return compare_sizes(src, "RF64", rate, channels, body, long_size)
             head = _correct_riff(src, order, body, size)
             if head is not None:
@@ -91,6 +101,16 @@ def _correct_riff(src: Source, order: str, body: int, size: int) -> bytes | None
     return None
 
 
+def _close_stream(
+    src: Source, container: str, rate: int | None, channels: int | None, body: int, at: int, sizes: bytes
+) -> Header:
+    """Header of a file whose writer could not go back to write `sizes` at `at`; the samples from `body` on are all."""
+    if body > MAX_HEAD_BYTES:
+        return Header(container, rate, channels)
+    head = src.peek(0, at) + sizes + src.peek(at + len(sizes), body - at - len(sizes))
+    return Header(container, rate, channels, head=(head, body))
+
+
 def _ends_in_chunks(src: Source, start: int, order: str) -> bool:
     """Tell whether the rest of the file is named chunks to its last byte, and so no samples."""
     end = start
@@ -106,6 +126,8 @@ def read_w64(src: Source) -> Header:
     for name, body, size in _walk_chunks(src, 40, struct.Struct("<16sq"), 8):
         if name == b"fmt " and len(fmt := src.peek(body, 8)) == 8:
             _, channels, rate = struct.unpack("<HHI", fmt)
+        elif name == b"data" and size >= OPEN_SIZE:
+            return _close_stream(src, "W64", rate, channels, body, body - 8, struct.pack("<q", src.size - body + 24))
         elif name == b"data":
             return compare_sizes(src, "W64", rate, channels, body, size if size > 0 else None)
     return report_cut_header(src, "W64", 0, rate, channels)
@@ -142,6 +164,8 @@ def read_caf(src: Source) -> Header:
         if name == b"desc" and len(desc := src.peek(body, 32)) == 32:
             hz, channels = struct.unpack(">d16xI4x", desc)
             rate = int(hz) if 0 <= hz < 1 << 32 else 0  # NaN and infinity too
+        elif name == b"data" and size == -1:
+            return _close_stream(src, "CAF", rate, channels, body, body - 8, struct.pack(">q", src.size - body))
         elif name == b"data":
             return compare_sizes(src, "CAF", rate, channels, body, size if size > 0 else None)
     return report_cut_header(src, "CAF", 0, rate, channels)

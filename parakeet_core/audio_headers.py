@@ -11,6 +11,7 @@ Knows nothing of decoders, sample values or resampling.
 
 import struct
 import zlib
+from dataclasses import replace
 
 from parakeet_core.audio_chunks import (
     MAX_CHUNKS,
@@ -27,6 +28,8 @@ from parakeet_core.audio_info import Header
 from parakeet_core.audio_mp3 import count_frames, find_frame, goes_on, has_whole_frame, info_frame, skip_id3
 from parakeet_core.audio_source import Source
 
+OGG_BEGIN = b"OggS\0\2"  # a page that begins a stream
+FOREIGN_OGG_CODECS = (b"\x7fFLAC", b"Speex   ")  # that libsndfile, as its wheel is built, does not read in Ogg
 OGG_PAGE_BYTES = 27 + 255 + 255 * 255  # the longest page: header, lacing table, segments (RFC 3533)
 
 
@@ -36,17 +39,17 @@ def read_header(src: Source) -> Header | None:
     magic = src.peek(start, 16)
     if magic[:4] == b"fLaC":
         return _read_flac(src, start)
+    if len(magic) > 2 and magic[0] == 0xFF and magic[1] & 0xF6 == 0xF0:  # MPEG sync word with layer 0: AAC in ADTS
+        return Header("ADTS")
     if start:
         return _read_mp3(src, start) or Header("MP3")
     if magic[:4] in (b"RIFF", b"RIFX", b"RF64") and magic[8:12] == b"WAVE":
-        return read_riff(src, magic)
+        return _unwrap_mp3(src, read_riff(src, magic))
     if magic[4:8] in (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip"):
         return _read_mp4(src)
     for prefix, reader in _READERS:
         if magic.startswith(prefix):
             return reader(src)
-    if len(magic) > 2 and magic[0] == 0xFF and magic[1] & 0xF6 == 0xF0:  # MPEG sync word with layer 0: AAC in ADTS
-        return Header("ADTS")
     return _read_mp3(src, 0) if len(magic) > 2 and magic[0] == 0xFF and magic[1] & 0xE0 == 0xE0 else None
 
 
@@ -81,9 +84,15 @@ def _ogg_checksum(page: bytes) -> int:
 
 def _read_ogg(src: Source) -> Header:
     serial = src.peek(14, 4)
+    first = 0  # page that does not begin a stream
+    while (head := src.peek(first, 27 + 255))[:6] == OGG_BEGIN and len(head) > 26:
+        first += 27 + head[26] + sum(head[27 : 27 + head[26]])
     tail_start = max(0, src.size - 2 * OGG_PAGE_BYTES)
     tail = src.peek(tail_start, 2 * OGG_PAGE_BYTES)
-    page = tail[max(0, tail.rfind(b"OggS")) :]
+    last = tail.rfind(b"OggS")
+    if last < 0:
+        return Header("OGG", cut=f"no Ogg page in the last {len(tail)} bytes")
+    page = tail[last:]
     segments = page[26] if len(page) > 26 else 255
     size = 27 + segments + sum(page[27 : 27 + segments])
     cut = None
@@ -94,7 +103,10 @@ def _read_ogg(src: Source) -> Header:
     elif page[size:] and b"OggS".startswith(page[size : size + 4]):
         cut = "the file ends inside the header of an Ogg page"
     # A missing end-of-stream flag is no evidence: recorders of live streams stop without one.
-    return Header("OGG", cut=cut, chained=cut is None and page[14:18] != serial)
+    # Streams of one serial number may not be joined, and are. Of the first, libsndfile reads as much as the last has.
+    chained = page[14:18] != serial or src.find(OGG_BEGIN, first) >= 0
+    codec = src.peek(28, 8)  # the first packet, behind the header of a page that holds nothing else
+    return Header("OGG", cut=cut, chained=cut is None and chained, foreign=codec.startswith(FOREIGN_OGG_CODECS))
 
 
 def _read_mp3(src: Source, start: int) -> Header | None:
@@ -121,6 +133,15 @@ def _read_mp3(src: Source, start: int) -> Header | None:
     frames = count_frames(src, keep)
     head = (info_frame(src.peek(offset, 4), frames), keep)
     return Header("MP3", rate, channels, max_frames=limit, mpeg_frames=frames * frame.samples, head=head)
+
+
+def _unwrap_mp3(src: Source, wav: Header) -> Header:
+    """The mp3 that a wav holds, without the wav: in one, libsndfile guesses the length from the first frame."""
+    inner = _read_mp3(src, wav.mpeg_at) if wav.mpeg_at is not None else None
+    if inner is None:
+        return wav
+    head = inner.head or (b"", wav.mpeg_at)
+    return replace(inner, cut=wav.cut or inner.cut, head=head, mpeg_at=wav.mpeg_at)
 
 
 # Containers that PyAV decodes.

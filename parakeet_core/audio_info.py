@@ -42,9 +42,11 @@ class Header:
         declared_bytes, present_bytes: payload that is declared, and that the file has; None for streamed files.
         cut: what shows that the file once went on behind its last byte.
         max_frames: the bytes cannot hold more frames than this.
+        mpeg_at: where the frames of an mp3 begin that a wav holds.
         mpeg_frames: sample frames found by walking an mp3 that does not declare them.
         head: replacement for the first bytes, and how many they replace, that makes the file readable to libsndfile.
         chained: an Ogg file of several logical streams.
+        foreign: an Ogg file of a codec that libsndfile lacks.
     """
 
     container: str
@@ -54,9 +56,11 @@ class Header:
     present_bytes: int | None = None
     cut: str | None = None
     max_frames: int | None = None
+    mpeg_at: int | None = None
     mpeg_frames: int | None = None
     head: tuple[bytes, int] | None = None
     chained: bool = False
+    foreign: bool = False
 
 
 def check_layout(src: Source, sample_rate_hz: int, channels: int) -> None:

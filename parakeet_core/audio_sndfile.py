@@ -48,7 +48,7 @@ class SndfileDecoder:
     def __init__(self, src: Source, header: Header | None):
         self._src = src
         self._header = header or Header("")
-        if header and header.head and header.mpeg_frames is None:
+        if header and header.head and (header.mpeg_frames is None or header.mpeg_at is not None):
             src.replace_head(*header.head)
         self._file = self._open()
         if header and header.mpeg_frames is not None and self._file.frames < header.mpeg_frames:

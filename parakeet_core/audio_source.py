@@ -9,6 +9,8 @@ from typing import BinaryIO
 
 from parakeet_core.errors import ErrorKind, InputError
 
+FIND_BYTES = 1 << 20  # searched at a time in a file
+
 
 class Source(io.RawIOBase):
     """A whole source, from its first byte to its last, whatever the position of the file object given.
@@ -51,20 +53,31 @@ class Source(io.RawIOBase):
     def handle(self) -> BinaryIO:
         """The object for a decoder: the plain BytesIO where it will do, as its reads cost no Python call."""
         self.seek(0)
-        if self._data is not None and not self._head:
+        if self._data is not None and not self._head and not self._skip:
             self._file.seek(0)
             return self._file
         return self
 
     def peek(self, offset: int, count: int) -> bytes:
         """Return up to `count` bytes at `offset`, fewer only at the end."""
-        if self._data is not None and not self._head:
+        if self._data is not None and not self._head and not self._skip:
             return self._data[offset : offset + count]
         if offset >= self.size:
             return b""
         self._position = offset
         buffer = bytearray(min(count, self.size - offset))
         return bytes(buffer[: self._fill(memoryview(buffer))])
+
+    def find(self, pattern: bytes, start: int) -> int:
+        """Return where `pattern` is from `start` on; -1 if nowhere, and for a file object, which may be far away."""
+        if self._data is not None and not self._head and not self._skip:
+            return self._data.find(pattern, start)
+        while self._owned and start < self.size:
+            window = self.peek(start, FIND_BYTES)
+            if (at := window.find(pattern)) >= 0:
+                return start + at
+            start += max(1, len(window) - len(pattern) + 1)
+        return -1
 
     def replace_head(self, head: bytes, count: int) -> None:
         """Let the source begin with `head` in place of its first `count` bytes."""

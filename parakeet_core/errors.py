@@ -22,7 +22,7 @@ class ErrorKind(StrEnum):
     NOT_AUDIO = "not_audio"  # no decoder recognises the content
     TRUNCATED = "truncated"  # fewer samples than the header or the container promises
     ABSURD_HEADER = "absurd_header"  # declared sizes that the bytes cannot hold
-    NON_FINITE = "non_finite"  # NaN or infinity among the samples
+    NON_FINITE = "non_finite"  # NaN, infinity or values beyond any full scale among the samples
     DECODER_MISSING = "decoder_missing"  # a known format whose optional decoder is not installed
     BAD_CHANNEL = "bad_channel"  # a channel that the audio does not have
     BAD_SEGMENT = "bad_segment"  # negative offset or duration, or a segment outside the audio

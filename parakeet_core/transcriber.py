@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from parakeet_core.audio import load_audio
+from parakeet_core.audio import MAX_LEVEL, load_audio
 from parakeet_core.checkpoint import Checkpoint, load_checkpoint
 from parakeet_core.engine import Engine
 from parakeet_core.errors import ErrorKind, InputError
@@ -139,7 +139,8 @@ def as_waveform(samples: np.ndarray | Tensor) -> np.ndarray:
     """Mono float32 in [-1, 1] from an array of samples on any device: [S] -> [S].
 
     Raises:
-        InputError: more than one dimension, a type that says no full scale, or samples that are not finite.
+        InputError: more than one dimension, a type that says no full scale, or samples that are not finite or beyond
+            any full scale.
     """
     if isinstance(samples, Tensor):
         samples = samples.detach().cpu()
@@ -156,6 +157,7 @@ def as_waveform(samples: np.ndarray | Tensor) -> np.ndarray:
     if samples.dtype.kind == "i":
         return samples.astype(np.float32) / -float(np.iinfo(samples.dtype).min)
     waveform = np.ascontiguousarray(samples, dtype=np.float32)  # a view can run backwards, which torch refuses
-    if not np.isfinite(waveform).all():
-        raise InputError(ErrorKind.NON_FINITE, "array holds NaN or infinity; expected finite samples in [-1, 1]")
+    if not (np.abs(waveform) <= MAX_LEVEL).all():  # NaN compares as false
+        found = f"array holds NaN, infinity or values over {MAX_LEVEL:.0e}"
+        raise InputError(ErrorKind.NON_FINITE, f"{found}; expected finite samples in [-1, 1]")
     return waveform

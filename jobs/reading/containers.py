@@ -86,7 +86,7 @@ def read_tar(tar_id: str, source: str, reader: SourceReader) -> Iterator[ReadIte
     Ids are `tar_id/key`; the 2nd, 3rd, ... audio of one key get `~2`, `~3`. What lies behind a tear is one error row,
     and so is a tar whose members are all something else; one without members holds no item, and gives none.
     """
-    taken: set[str] = set()
+    taken: dict[str, int] = {}
     done, others, example = 0, 0, ""
     try:
         with reader.stream(source) as file:
@@ -121,7 +121,7 @@ def _groups(file: IO[bytes]) -> Iterator[tuple[str, list[tuple[tarfile.TarInfo, 
         for archive, member in _members(plain):
             if member.size < 0:
                 raise tarfile.ReadError(f"member {member.name!r:.100} claims {member.size} bytes")
-            if member.isdir():
+            if member.isdir() or _is_apple_double(member.name):
                 continue
             data = _member_bytes(archive, member)
             if key is not None and _key(member.name) != key:
@@ -166,6 +166,11 @@ def _is_plain(member: tarfile.TarInfo) -> bool:
     return member.isreg() and not member.issparse()  # a sparse member of a few bytes can unfold to gigabytes of zeros
 
 
+def _is_apple_double(name: str) -> bool:
+    """Tell whether this is what tar on a Mac writes before each file that has attributes: `._a.wav` before `a.wav`."""
+    return name.rpartition("/")[2].startswith("._")
+
+
 def _key(name: str) -> str:
     """WebDataset's key: the name up to the first dot of its last part."""
     folder, slash, base = name.removeprefix("./").rpartition("/")
@@ -176,18 +181,37 @@ def _extension(name: str) -> str:
     return name.rpartition(".")[2].lower() if "." in name else ""
 
 
+def _stem(name: str) -> str:
+    return name.removeprefix("./").rpartition(".")[0]
+
+
 def _tar_items(
     key: str, members: list[tuple[tarfile.TarInfo, bytes | None]], tar_id: str, source: str
 ) -> Iterator[ReadItem]:
-    texts = {_extension(member.name): data for member, data in members if data is not None}
-    reference, extra = _texts(texts.get("txt"), texts.get("json"))
-    for member, data in members:
-        if _extension(member.name) not in AUDIO_EXTENSIONS:
-            continue
+    audio = [(member, data) for member, data in members if _extension(member.name) in AUDIO_EXTENSIONS]
+    stems = {_stem(member.name) for member, _ in audio}
+    texts, records = _by_stem(members, "txt"), _by_stem(members, "json")
+    shared_text, shared_record = _shared(texts, key, stems), _shared(records, key, stems)
+    for member, data in audio:
+        stem = _stem(member.name)
+        reference, extra = _texts(texts.get(stem, shared_text), records.get(stem, shared_record))
         payload: bytes | InputError = data if data is not None else _unreadable(member)
         name = member.name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
         item_id = f"{tar_id}/{key}".encode("utf-8", "surrogateescape").decode("utf-8", "replace")
         yield ReadItem(item_id, source, payload, member=name, reference=reference, extra=extra)
+
+
+def _by_stem(members: list[tuple[tarfile.TarInfo, bytes | None]], extension: str) -> dict[str, bytes]:
+    return {_stem(m.name): data for m, data in members if data is not None and _extension(m.name) == extension}
+
+
+def _shared(texts: dict[str, bytes], key: str, stems: set[str]) -> bytes | None:
+    """The text of what has none of its own name: that of the key, or the only one that is of no audio's name.
+
+    `c.left.txt` is not the text of `c.right.wav`, and `c.old.txt` is not that of `c.wav` if there is a `c.txt`.
+    """
+    others = [data for stem, data in texts.items() if stem not in stems]
+    return texts.get(key, others[0] if len(others) == 1 else None)
 
 
 def _unreadable(member: tarfile.TarInfo) -> InputError:
@@ -201,12 +225,13 @@ def _unreadable(member: tarfile.TarInfo) -> InputError:
 def _texts(text: bytes | None, metadata: bytes | None) -> tuple[str | None, str | None]:
     """(reference, extra) from a `.txt` and a `.json` member, both valid UTF-8 and `extra` valid JSON.
 
-    What is not text becomes a replacement character; NaN, Infinity and numbers over the range of a float become null.
+    What is not text becomes a replacement character, a byte order mark goes; NaN, Infinity and numbers over the range
+    of a float become null.
     """
-    reference = text.decode("utf-8", "replace").strip() if text is not None else None
+    reference = text.decode("utf-8-sig", "replace").strip() if text is not None else None
     if metadata is None:
         return reference, None
-    raw = metadata.decode("utf-8", "replace")
+    raw = metadata.decode("utf-8-sig", "replace")
     try:
         record = json.loads(raw, parse_float=_finite, parse_constant=_finite)
         extra = _utf8(json.dumps(record, ensure_ascii=False, allow_nan=False))
@@ -227,12 +252,18 @@ def _utf8(text: str) -> str:
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
-def _unused(item_id: str, taken: set[str]) -> str:
-    candidate, occurrence = item_id, 1
+def _unused(item_id: str, taken: dict[str, int]) -> str:
+    """The id, or the first `id~2`, `id~3`, ... that is not taken.
+
+    Args:
+        taken: id -> the number to go on from: a tar may have 100,000 members of one key.
+    """
+    candidate, occurrence = item_id, taken.get(item_id, 1)
     while candidate in taken:
         occurrence += 1
         candidate = f"{item_id}~{occurrence}"
-    taken.add(candidate)
+    taken[item_id] = occurrence
+    taken.setdefault(candidate, 1)
     return candidate
 
 

@@ -92,7 +92,8 @@ class ShardDecoder:
 def _limits(time_s: float, data_bytes: int) -> Iterator[None]:
     """End this process, whatever it is doing, after `time_s`; refuse it more than `data_bytes` of private memory."""
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    resource.setrlimit(resource.RLIMIT_DATA, (data_bytes, hard))
+    allowed_bytes = min([data_bytes, *(limit for limit in (soft, hard) if limit != resource.RLIM_INFINITY)])
+    resource.setrlimit(resource.RLIMIT_DATA, (allowed_bytes, hard))
     signal.setitimer(signal.ITIMER_REAL, time_s)  # a thread of faulthandler would take 2 ms to start and to stop
     try:
         yield

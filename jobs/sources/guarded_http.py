@@ -5,8 +5,10 @@ resolves to another address the second time (DNS rebinding) gains nothing.
 """
 
 import http.client
+import io
 import ssl
 import string
+import time
 import urllib.error
 import urllib.request
 from functools import partial
@@ -19,6 +21,9 @@ from parakeet_core.errors import ErrorKind, InputError
 
 MAX_BODY_BYTES = 2 << 30  # held in memory; more than any single recording should be
 HTTP_TIMEOUT_S = max(30, READ_TIMEOUT_S)  # of a socket call; web servers make some files only when asked
+# A server that sends a byte now and then meets no timeout, and would hold its shard, and so the job, for ever.
+LEAST_BYTES_PER_S = 2_000  # speech at 16 kbit/s in real time
+SLOW_AFTER_S = 60.0  # from when on the body has to come at that rate on average
 
 
 class _PublicPeer:
@@ -77,10 +82,16 @@ def fetch_http(url: str, patience_s: float = PATIENCE_S) -> bytes:
 
 def _get(url: str) -> bytes:
     with _opener().open(_quoted(url), timeout=HTTP_TIMEOUT_S) as response:
-        body = response.read(MAX_BODY_BYTES + 1)
-        if response.length and len(body) <= MAX_BODY_BYTES:  # bytes still to come: a sized read ends early in silence
-            raise http.client.IncompleteRead(b"", response.length)
-    return body
+        announced = response.length  # None: up to the end of the connection, or chunks, which say themselves what lacks
+        body, done, started = io.BytesIO(), 0, time.monotonic()
+        while done <= MAX_BODY_BYTES and done != announced and (piece := response.read1(1 << 20)):
+            done += body.write(piece)
+            passed_s = time.monotonic() - started
+            if passed_s > SLOW_AFTER_S and done < LEAST_BYTES_PER_S * passed_s:
+                raise TimeoutError(f"{done} bytes in {passed_s:.0f} s, expected {LEAST_BYTES_PER_S} a second")
+    if announced is not None and done < min(announced, MAX_BODY_BYTES + 1):  # read1 ends early in silence
+        raise http.client.IncompleteRead(b"", announced - done)
+    return body.getvalue()
 
 
 def _opener() -> urllib.request.OpenerDirector:

@@ -56,11 +56,11 @@ def encode_av(sound: np.ndarray, rate: int, container: str, codec: str) -> bytes
     import av
 
     channels = 1 if sound.ndim == 1 else sound.shape[1]
-    layout = "mono" if channels == 1 else "stereo"
+    layout = {1: "mono", 2: "stereo", 8: "7.1"}[channels]
     buffer = io.BytesIO()
     with av.open(buffer, "w", format=container) as output:
         stream = output.add_stream(codec, rate=rate, layout=layout)
-        sample_format = stream.codec_context.format.name
+        sample_format = "flt" if channels == 8 else stream.codec_context.format.name  # from_ndarray takes no 8 planes
         for start in range(0, len(sound), 1024):
             block = sound[start : start + 1024].reshape(-1, channels)
             if sample_format.startswith("s16"):

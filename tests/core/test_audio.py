@@ -178,7 +178,7 @@ def test_the_end_of_a_segment_has_a_tolerance():
     for excess_s in (0.0, 0.001, SEGMENT_TOLERANCE_S):
         np.testing.assert_array_equal(decode_audio(data, offset_s=1.0, duration_s=1.0 + excess_s), whole[16000:])
     wrong = [(1.0, 1.001 + SEGMENT_TOLERANCE_S), (2.0, None), (2.0, 0.1), (2.1, None), (9.0, 1.0)]
-    wrong += [(-0.1, None), (0.0, -0.1), (float("nan"), None), (0.0, float("inf"))]
+    wrong += [(-0.1, None), (0.0, -0.1), (float("nan"), None), (0.0, float("inf")), (1e300, None), (0.0, 1e300)]
     for offset_s, duration_s in wrong:
         error = catch(lambda o=offset_s, d=duration_s: decode_audio(data, offset_s=o, duration_s=d))
         assert error.kind is ErrorKind.BAD_SEGMENT

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from parakeet_core.audio import decode_audio, load_audio, probe_audio
+from parakeet_core.audio_headers import _ogg_checksum
 from parakeet_core.errors import ErrorKind, InputError
 
 av = pytest.importorskip("av", reason="the extra parakeet-batch[av] is not installed")
@@ -24,6 +25,7 @@ FORMATS = {
     "mkv pcm": ("matroska", "pcm_s16le", 16000, 1, ("MATROSKA", "PCM_S16LE"), 0),
     "mkv flac": ("matroska", "flac", 16000, 2, ("MATROSKA", "FLAC"), 0),
     "mov pcm": ("mov", "pcm_s16le", 16000, 1, ("MP4", "PCM_S16LE"), 0),
+    "ogg flac": ("ogg", "flac", 16000, 1, ("OGG", "FLAC"), 0),
     "adts": ("adts", "aac", 16000, 1, ("ADTS", "AAC"), 1024),
 }
 
@@ -74,7 +76,7 @@ def test_segments(name):
             assert max(likeness) == likeness[3] > 0.95
         else:
             assert min(np.abs(segment - part).max() for part in parts) < 1e-4
-    for wrong in ((7.5, 2.0), (9.0, None), (20.0, 1.0)):
+    for wrong in ((7.5, 2.0), (9.0, None), (20.0, 1.0), (1e300, 1.0)):
         error = catch(lambda w=wrong: decode_audio(data, rate, offset_s=w[0], duration_s=w[1]))
         assert error.kind is ErrorKind.BAD_SEGMENT
     assert len(decode_audio(data, rate, offset_s=7.0, duration_s=1.2)) >= rate  # the tolerance at the end
@@ -95,6 +97,16 @@ def test_channels():
     assert catch(lambda: decode_audio(data, channel=2)).kind is ErrorKind.BAD_CHANNEL
 
 
+def test_eight_channels_in_planes():
+    sound = make_sound(2, 48000, 8)
+    data = encode_av(sound, 48000, "ipod", "aac")
+    for channel in (0, 5, 7):
+        waveform = decode_audio(data, 48000, channel=channel)
+        assert np.corrcoef(waveform[: len(sound)], sound[:, channel])[0, 1] > 0.95
+    mixed = np.mean([decode_audio(data, 48000, channel=channel) for channel in range(8)], axis=0)
+    np.testing.assert_allclose(decode_audio(data, 48000), mixed, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_cut_files(name):
     data, _ = make_item(name)
@@ -107,6 +119,14 @@ def test_cut_files(name):
         assert catch(lambda: decode_audio(cut, offset_s=2, duration_s=5)).kind is ErrorKind.TRUNCATED
 
 
+def test_aac_behind_an_id3_tag():
+    """As radio recorders and segments of HTTP live streams have it."""
+    data, _ = make_item("adts")
+    tagged = b"ID3\x04\0\0\0\0\0\x3f" + bytes(63) + data
+    assert probe_audio(tagged).container == "ADTS"
+    np.testing.assert_array_equal(decode_audio(tagged), decode_audio(data))
+
+
 def test_ogg_streams_joined_end_to_end():
     for codec in ("VORBIS", "OPUS"):
         first, second = (encode(make_sound(s, seed=s), 16000, "OGG", codec) for s in (3, 2))
@@ -115,6 +135,30 @@ def test_ogg_streams_joined_end_to_end():
         assert 5.0 <= joined.duration_s < 5.05  # libsndfile reads the first 3 s of it
         assert np.corrcoef(joined.waveform[:48000], decode_audio(first))[0, 1] > 0.99
         assert np.corrcoef(joined.waveform[-32000:], decode_audio(second))[0, 1] > 0.99
+
+
+def with_serial(ogg: bytes, serial: bytes) -> bytes:
+    """Give the stream of an Ogg file another serial number."""
+    pages, at = [], 0
+    while at < len(ogg):
+        size = 27 + ogg[at + 26] + sum(ogg[at + 27 : at + 27 + ogg[at + 26]])
+        page = ogg[at : at + 14] + serial + ogg[at + 18 : at + 22] + bytes(4) + ogg[at + 26 : at + size]
+        pages.append(page[:22] + _ogg_checksum(page).to_bytes(4, "little") + page[26:])
+        at += size
+    return b"".join(pages)
+
+
+@pytest.mark.parametrize("codec", ["VORBIS", "OPUS"])
+def test_ogg_streams_of_one_serial_number_joined(codec, tmp_path):
+    long, short = (with_serial(encode(make_sound(s, seed=s), 16000, "OGG", codec), b"same") for s in (9, 2))
+    other = with_serial(short, b"else")
+    for streams, seconds in (([long, short], 11), ([short, long], 11), ([short, short], 4), ([short, other, short], 6)):
+        path = tmp_path / "joined"
+        path.write_bytes(b"".join(streams))
+        for source in (path.read_bytes(), path):
+            assert seconds <= load_audio(source).duration_s < seconds + 0.1
+    assert probe_audio(long).container == "OGG"
+    assert probe_audio(long).frames == 9 * 16000  # one stream is read by libsndfile
 
 
 def test_a_storage_error_is_not_called_damage():
@@ -147,9 +191,10 @@ def test_no_audio_inside():
 
 
 def test_without_the_extra(monkeypatch):
-    monkeypatch.setitem(sys.modules, "av", None)  # `import av` now fails as if it were not installed
     chained = encode(make_sound(1), 16000, "OGG", "OPUS") + encode(make_sound(1), 16000, "OGG", "OPUS")
-    for data in (make_item("m4a")[0], make_item("webm")[0], make_item("adts")[0], chained):
+    items = [chained, *(make_item(name)[0] for name in ("m4a", "webm", "adts", "ogg flac"))]
+    monkeypatch.setitem(sys.modules, "av", None)  # `import av` now fails as if it were not installed
+    for data in items:
         for call in (decode_audio, probe_audio):
             error = catch(lambda d=data, c=call: c(d))
             assert error.kind is ErrorKind.DECODER_MISSING

@@ -126,6 +126,29 @@ def test_streamed_au_and_aiff(container, size_at):
         np.testing.assert_array_equal(decode_audio(streamed), decode_audio(data))
 
 
+@pytest.mark.parametrize(
+    ("container", "chunk", "size_at", "size"),
+    [
+        ("RF64", b"ds64", 8, bytes(24)),  # ffmpeg -rf64 always
+        ("RF64", b"ds64", 8, b"\xff" * 24),
+        ("W64", b"data", 16, b"\xff" * 7 + b"\x7f"),  # ffmpeg
+        ("CAF", b"data", 4, b"\xff" * 8),  # as its specification has it
+    ],
+)
+def test_streamed_files_with_sizes_of_64_bits(container, chunk, size_at, size, tmp_path):
+    data = encode(make_sound(2), container=container)
+    at = data.index(chunk) + size_at
+    streamed = data[:at] + size + data[at + len(size) :]
+    path = tmp_path / "streamed"
+    path.write_bytes(streamed)
+    whole = decode_audio(data)
+    for source in (streamed, path):
+        assert probe_audio(source).frames == 32000
+        np.testing.assert_array_equal(decode_audio(source), whole)
+        np.testing.assert_array_equal(decode_audio(source, offset_s=1, duration_s=0.5), whole[16000:24000])
+    assert catch(lambda: decode_audio(streamed[: len(data) - 64000])).kind is ErrorKind.EMPTY_FILE
+
+
 def test_chunks_behind_the_samples_are_no_samples():
     data = encode(make_sound(1))
     note = b"LIST" + struct.pack("<I", 4) + b"INFO"
@@ -245,6 +268,30 @@ def test_mp3_without_a_tag():
             np.testing.assert_array_equal(decode_audio(bare), bare_by_libsndfile)
 
 
+def wav_of_mp3(mp3: bytes) -> bytes:
+    layout = struct.pack("<IHHIIHHHHIHHH", 30, 0x55, 1, 16000, 4000, 1, 0, 12, 1, 2, 576, 1, 1393)
+    body = b"WAVEfmt " + layout + b"data" + struct.pack("<I", len(mp3)) + mp3
+    return b"RIFF" + struct.pack("<I", len(body)) + body
+
+
+@pytest.mark.parametrize("mode", ["VARIABLE", "CONSTANT"])
+def test_mp3_in_a_wav(mode):
+    sound = make_sound(30) * (np.arange(30 * 16000) < 160_000)  # the first frames are long, those of silence short
+    tagged = encode(sound, container="MP3", codec="MPEG_LAYER_III", bitrate_mode=mode, compression_level=0.2)
+    bare = tagged[mpeg_frames(tagged)[1] :]
+    note = b"LIST" + struct.pack("<I", 4) + b"INFO"
+    np.testing.assert_array_equal(decode_audio(wav_of_mp3(tagged)), decode_audio(tagged))
+    whole = decode_audio(wav_of_mp3(bare))
+    assert 0 <= len(whole) - 480_000 <= 3 * 576
+    assert np.corrcoef(whole[576:160_000], decode_audio(tagged)[: 160_000 - 576])[0, 1] > 0.999
+    np.testing.assert_array_equal(decode_audio(wav_of_mp3(bare) + note), whole)
+    segment = decode_audio(wav_of_mp3(bare), offset_s=8, duration_s=3)
+    np.testing.assert_allclose(segment, whole[128_000:176_000], atol=1e-6)
+    cut = wav_of_mp3(bare)[: len(bare) // 2]
+    assert catch(lambda: decode_audio(cut)).kind is ErrorKind.TRUNCATED
+    np.testing.assert_allclose(decode_audio(cut, duration_s=2), whole[:32_000], atol=1e-6)
+
+
 def test_mp3_joined_end_to_end():
     first, second = (encode(make_sound(s, seed=s), container="MP3", codec="MPEG_LAYER_III") for s in (5, 3))
     assert len(soundfile.read(io.BytesIO(first + second))[0]) == 5 * 16000  # the tag of the first hides the second
@@ -290,13 +337,16 @@ def test_ogg_pages(codec):
         assert what in error.message
     for size in (pages[-1] + 1, pages[-1] + 26, pages[-1] + 28, len(data) - 1):
         assert catch(lambda s=size: decode_audio(data[:s])).kind is ErrorKind.TRUNCATED
+    filled = data + bytes(200_000)  # by a download that was to be longer
+    assert "no Ogg page" in catch(lambda: decode_audio(filled)).message
+    np.testing.assert_array_equal(decode_audio(filled, duration_s=2), decode_audio(data, duration_s=2))
     recorded = decode_audio(data[: pages[-1]])  # whole pages without a last one: a live recording that was stopped
     np.testing.assert_array_equal(recorded, decode_audio(data)[: len(recorded)])
     joined = data[: pages[2]] + data[pages[4] :]  # and one that was joined in the middle
     assert 0 < len(decode_audio(joined)) < 6 * 16000
 
 
-@pytest.mark.parametrize(("codec", "bad"), [("FLOAT", np.nan), ("FLOAT", -np.inf), ("DOUBLE", np.inf)])
+@pytest.mark.parametrize(("codec", "bad"), [("FLOAT", np.nan), ("FLOAT", -np.inf), ("DOUBLE", np.inf), ("FLOAT", 1e25)])
 @pytest.mark.parametrize("rate", [16000, 22050])
 def test_values_that_are_not_finite(codec, bad, rate):
     sound = make_sound(2, rate, channels=2)
@@ -307,6 +357,14 @@ def test_values_that_are_not_finite(codec, bad, rate):
         assert error.kind is ErrorKind.NON_FINITE
     assert np.isfinite(decode_audio(data, channel="first")).all()
     assert np.isfinite(decode_audio(data, duration_s=0.9)).all()
+
+
+@pytest.mark.parametrize("rate", [16000, 22050])
+def test_integers_that_are_kept_as_floats(rate):
+    data = encode(make_sound(1, rate) * np.float32(2**31), rate, codec="FLOAT")
+    np.testing.assert_allclose(
+        decode_audio(data) / 2**31, decode_audio(encode(make_sound(1, rate), rate, codec="FLOAT"))
+    )
 
 
 @pytest.mark.parametrize(

@@ -92,12 +92,14 @@ def test_errors_stand_in_place(transcriber, clips, expected, tmp_path):
     (tmp_path / "empty.wav").write_bytes(b"")
     nan = decode_audio(clips[0].path).copy()
     nan[100] = np.nan
+    loud = np.where(np.isnan(nan), np.float32(1e25), nan)
     items = [
         clips[0].path,
         tmp_path / "empty.wav",
         b"this is no audio at all, however long one looks",
         clips[1].path,
         nan,
+        loud,
         np.zeros((2, 16000), np.float32),
         np.zeros(16000, np.uint8),
         np.zeros(16000, np.complex64),
@@ -114,12 +116,13 @@ def test_errors_stand_in_place(transcriber, clips, expected, tmp_path):
         ErrorKind.NOT_AUDIO,
         None,
         ErrorKind.NON_FINITE,
+        ErrorKind.NON_FINITE,
         *[ErrorKind.BAD_RECORD] * 4,
         ErrorKind.MISSING_OBJECT,
         ErrorKind.STORAGE,
         None,
     ]
-    assert [found[index].text for index in (0, 3, 11)] == [transcript.text for transcript in expected[:3]]
+    assert [found[index].text for index in (0, 3, 12)] == [transcript.text for transcript in expected[:3]]
     for transcript in found:
         if transcript.error is not None:
             assert isinstance(transcript.error, InputError)

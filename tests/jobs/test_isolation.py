@@ -73,6 +73,18 @@ with decoder.shard():
     assert done.stdout == "decoder_crash 1.0 s 5\n", done.stderr
 
 
+def test_limits_that_the_machine_sets_itself_are_kept(tmp_path):
+    program = """
+import resource
+resource.setrlimit(resource.RLIMIT_DATA, (3 << 30, 3 << 30))
+decoder = ShardDecoder()
+with decoder.shard():
+    print(outcome(good), outcome(poison), outcome(good), resource.getrlimit(resource.RLIMIT_DATA)[0] >> 30)
+"""
+    done = run_with_poison(program, tmp_path, "eat")
+    assert done.stdout == "1.0 s decoder_crash 1.0 s 3\n", done.stderr
+
+
 def test_memory_refused_to_another_thread_counts_as_a_lost_worker(tmp_path):
     done = run_with_poison("with ShardDecoder().shard(): raise MemoryError", tmp_path)
     assert done.returncode == -signal.SIGKILL, done.stderr

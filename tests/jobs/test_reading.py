@@ -1,5 +1,6 @@
 """jobs/reading, jobs/sources: plan rows -> one item each, with bytes or with the error that becomes its row."""
 
+import contextlib
 import gzip
 import http.server
 import io
@@ -23,7 +24,7 @@ from job_samples import audio_bytes, jsonl, tar_bytes
 import jobs.sources.reader
 from jobs.inputs.plan_rows import PLAN_SCHEMA, plan_batch
 from jobs.inputs.scan import InputOptions, scan_input
-from jobs.reading.containers import read_row_group
+from jobs.reading.containers import read_row_group, read_tar
 from jobs.reading.items import ReadItem, ReadLimits, SourceFile, _fetch_ahead, read_items
 from jobs.sources.guarded_http import fetch_http
 from jobs.sources.reader import SourceReader
@@ -237,6 +238,33 @@ TAR = {
 }
 
 
+def test_each_audio_of_a_key_has_its_own_text(tmp_path):
+    wav = audio_bytes(0.1)
+    members = {"a.left.wav": wav, "a.left.txt": b"left", "a.right.wav": wav, "a.right.txt": b"right", "a.mid.wav": wav}
+    members |= {"b.wav": wav, "b.txt": b"spoken", "b.normalized.txt": b"other", "b.json": b"{}", "b.old.json": b"[]"}
+    members |= {"c.left.wav": wav, "c.right.wav": wav, "c.txt": b"both", "d.wav": wav, "d.en.txt": b"the only one"}
+    members |= {"./2024.05.x.wav": wav, "./2024.05.x.txt": b"x", "./2024.05.y.wav": wav, "./2024.05.y.txt": b"y"}
+    (tmp_path / "t.tar").write_bytes(tar_bytes(members))
+    items = {item.member: item for item in read(Storage(str(tmp_path)))}
+    assert {name: item.reference for name, item in items.items()} == {
+        "a.left.wav": "left", "a.right.wav": "right", "a.mid.wav": None, "b.wav": "spoken", "c.left.wav": "both",
+        "c.right.wav": "both", "d.wav": "the only one", "./2024.05.x.wav": "x", "./2024.05.y.wav": "y",
+    }  # fmt: skip
+    assert items["b.wav"].extra == "{}"
+
+
+def test_many_members_of_one_key_cost_no_more_than_others(tmp_path):
+    seconds = []
+    for name in ("2024.05.{}.wav", "2024-05-{}.wav"):
+        (tmp_path / "x.tar").write_bytes(tar_bytes({name.format(n): b"x" for n in range(8000)}))
+        started = time.perf_counter()
+        items = list(read_tar("x.tar", str(tmp_path / "x.tar"), SourceReader()))
+        seconds.append(time.perf_counter() - started)
+        assert len({item.id for item in items}) == 8000
+    assert items[7999].id == "x.tar/2024-05-7999"
+    assert seconds[0] < 3 * seconds[1]
+
+
 def test_texts_of_a_tar_are_valid_utf8_and_valid_json(tmp_path):
     record = b'{"text": "hi \\ud83d", "k\\ud83d": "\\ud83d\\ude00", "snr": NaN, "a": [-Infinity, 1e999, 1.5]}'
     (tmp_path / "x.tar").write_bytes(tar_bytes({"a.wav": audio_bytes(0.1), "a.json": record}))
@@ -244,6 +272,24 @@ def test_texts_of_a_tar_are_valid_utf8_and_valid_json(tmp_path):
     assert pa.array([item.reference], pa.string()).to_pylist() == ["hi ?"]
     extra = json.loads(pa.array([item.extra], pa.string())[0].as_py(), parse_constant=pytest.fail)
     assert extra == {"text": "hi ?", "k?": "\U0001f600", "snr": None, "a": [None, None, 1.5]}
+
+
+def test_attributes_that_a_mac_has_put_beside_the_files_are_no_items(tmp_path):
+    attributes = b"\0\5\x16\7" + bytes(100)
+    members = {"./._d": attributes, "d/._a.wav": attributes, "d/a.wav": audio_bytes(0.1)}
+    members |= {"d/._a.txt": attributes, "d/a.txt": b"hello"}
+    (tmp_path / "x.tar").write_bytes(tar_bytes(members))
+    assert [(item.id, item.reference) for item in read(Storage(str(tmp_path)))] == [("x.tar/d/a", "hello")]
+
+
+def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path):
+    members = {"a.wav": audio_bytes(0.1), "a.txt": "\ufeffhello".encode()}
+    members |= {"b.wav": audio_bytes(0.1), "b.json": '\ufeff{"text": "hi"}'.encode()}
+    (tmp_path / "x.tar").write_bytes(tar_bytes(members))
+    assert [(item.reference, item.extra) for item in read(Storage(str(tmp_path)))] == [
+        ("hello", None),
+        ("hi", '{"text": "hi"}'),
+    ]
 
 
 @pytest.mark.parametrize("mode", ["w", "w:gz"])
@@ -493,6 +539,62 @@ def test_signed_urls_open_their_audio_and_what_is_cut_short_is_fetched_again(tmp
     assert re.fullmatch(r"http://rebound\.example:\d+/x\.wav\?\*\*\*[0-9a-f]{12}", item.id)
 
 
+def test_a_body_that_never_ends_is_given_up(monkeypatch):
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header("Content-Length", "1000000")
+            self.end_headers()
+            with contextlib.suppress(OSError):
+                for _ in range(100):
+                    self.wfile.write(b"x")
+                    time.sleep(0.05)
+
+    monkeypatch.setattr("jobs.sources.guarded_http.is_public", lambda _address: True)  # the server is on the loopback
+    monkeypatch.setattr("jobs.sources.guarded_http.HTTP_TIMEOUT_S", 1)  # which no pause between two bytes meets
+    monkeypatch.setattr("jobs.sources.guarded_http.SLOW_AFTER_S", 0.5, raising=False)
+    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.handle_request, daemon=True).start()
+        started = time.monotonic()
+        with pytest.raises(InputError) as caught:
+            fetch_through_name(f"http://rebound.example:{server.server_port}/x.wav", patience_s=0)
+    assert time.monotonic() - started < 4
+    assert caught.value.kind == ErrorKind.STORAGE
+    assert "expected 2000 a second" in caught.value.message
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_large_body_comes_whole_or_is_too_long(chunked, monkeypatch):
+    body = np.random.default_rng(0).bytes(3_000_001)
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"  # the connection stays open behind the body
+
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header(*(("Transfer-Encoding", "chunked") if chunked else ("Content-Length", str(len(body)))))
+            self.end_headers()
+            with contextlib.suppress(OSError):
+                for start in range(0, len(body), 700_000):
+                    piece = body[start : start + 700_000]
+                    self.wfile.write(b"%x\r\n%b\r\n" % (len(piece), piece) if chunked else piece)
+                self.wfile.write(b"0\r\n\r\n" if chunked else b"")
+            self.close_connection = True
+
+    monkeypatch.setattr("jobs.sources.guarded_http.is_public", lambda _address: True)  # the server is on the loopback
+    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://rebound.example:{server.server_port}/x.wav"
+        assert fetch_through_name(url) == body
+        monkeypatch.setattr("jobs.sources.guarded_http.MAX_BODY_BYTES", len(body))
+        assert fetch_through_name(url) == body
+        monkeypatch.setattr("jobs.sources.guarded_http.MAX_BODY_BYTES", len(body) - 1)
+        with pytest.raises(InputError) as caught:
+            fetch_through_name(url)
+        server.shutdown()
+    assert caught.value.kind == ErrorKind.TOO_LONG
+
+
 def test_a_redirect_to_ftp_is_not_followed(monkeypatch):
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
@@ -540,10 +642,10 @@ def resolve_rebound(original):
     return resolve
 
 
-def fetch_through_name(url: str) -> bytes:
+def fetch_through_name(url: str, **options) -> bytes:
     original = socket.getaddrinfo
     socket.getaddrinfo = resolve_rebound(original)
     try:
-        return fetch_http(url)
+        return fetch_http(url, **options)
     finally:
         socket.getaddrinfo = original

@@ -34,16 +34,20 @@ def clips(tmp_path):
 
 @pytest.mark.parametrize(
     ("input_", "output"),
-    [("clips", "clips/out"), ("clips", "clips"), ("clips/", "clips/x/.."), ("clips/**", "clips/out")],
+    [("clips", "clips/out"), ("clips", "clips"), ("clips/", "clips/x/.."), ("clips/**", "clips/out")]
+    + [("link", "clips/out"), ("clips", "link/out"), ("*/*/*/*", "clips/out"), ("clips/*/*.parquet", "clips")],
 )
 def test_an_output_that_the_next_run_would_read_as_input(clips, input_, output):
+    (clips.parent / "link").symlink_to(clips)
     with pytest.raises(ConfigError, match="give a folder beside it"):
         prepare(job_config(clips.parent / input_, os.path.normpath(clips.parent / output)))
     assert sorted(os.listdir(clips)) == ["a.wav"]
 
 
 @pytest.mark.parametrize(
-    ("input_", "output"), [("clips", "clips-out"), ("lists/a.jsonl", "lists/out"), ("clips/*.wav", "clips/out")]
+    ("input_", "output"),
+    [("clips", "clips-out"), ("lists/a.jsonl", "lists/out"), ("clips/*.wav", "clips/out")]
+    + [("*/*.wav", "clips/out"), ("*/*.wav", "out")],
 )
 def test_outputs_beside_the_input(clips, input_, output):
     assert prepare(job_config(clips.parent / input_, clips.parent / output)).shards.num_rows == 1
