@@ -197,6 +197,16 @@ def test_everything_empty(folder):
     assert "No item has a text." in page.words
 
 
+def test_a_run_that_was_stopped_adds_up_with_what_is_left(folder):
+    rows = write_parts(folder, plausible_rows(40))
+    page = report(folder, rows, complete=False, items_in=100, items_pending=60)
+    assert re.search(r"100 items in = \d+ ok \+ \d+ empty \+ \d+ errors \+ 60 not yet", page.words)
+    assert "does not add up" not in page.words
+    assert "the receipt says" not in page.words
+    assert "not yet 60" in page.words
+    assert "not yet 60.0%" in page.words
+
+
 @pytest.mark.parametrize(
     "values", [{}, {"confidence": 1.0}, {"confidence": 0.0, "chars_per_s": 0.0}, {"duration_s": 90_000.0}]
 )
