@@ -37,9 +37,10 @@ from jobs.table.merging import merge_parts
 from jobs.table.parts import TABLE_FOLDER, Footer, find_committed, read_footers
 from jobs.table.schema import METADATA_PREFIX, PartFacts, file_metadata
 from jobs.table.shard_names import pack_shards, unpack_shards
-from parakeet_core.errors import RETRYABLE_KINDS, ConfigError
+from parakeet_core.errors import RETRYABLE_KINDS, ConfigError, ErrorKind, InputError
 
 COMPACTED_FOLDER = "compacted"
+REMOVAL_PROBE = ".removal-probe"  # never there: object stores answer its removal by what the caller may do
 VERSION_DIGITS = 12
 MEBIBYTE = 1 << 20
 
@@ -232,6 +233,8 @@ def _replace(
             recover_folder(output.path(TABLE_FOLDER), output.path(beside), _shards(files))
             _drop_folders(output)
             return len(groups)
+    if groups:
+        _check_removal(output)
     for name, group in names.items():
         _write_merged(output, group, f"{TABLE_FOLDER}/{name}")
         _remove(output, [file.name for file in group])
@@ -259,13 +262,19 @@ def _drop_folders(output: Storage, but: str = "") -> None:
             shutil.rmtree(folder)
 
 
+def _check_removal(output: Storage) -> None:
+    """Refuse who may put files of the table but not remove them, before the rows of one stand twice."""
+    try:
+        output.delete(f"{TABLE_FOLDER}/{REMOVAL_PROBE}")
+    except InputError as error:
+        if error.kind != ErrorKind.FORBIDDEN:
+            raise
+        raise ConfigError(f"--replace has to remove the parts that it has merged: {error.message}") from error
+
+
 def _remove(output: Storage, names: Sequence[str]) -> None:
-    """Remove files of the table, on S3 a thousand in a request."""
-    if output.is_local:
-        for name in names:
-            output.delete(f"{TABLE_FOLDER}/{name}")
-    elif names:
-        output.call(TABLE_FOLDER, output.fs.rm, [output.path(f"{TABLE_FOLDER}/{name}") for name in names])
+    """Remove files of the table."""
+    output.delete_all([f"{TABLE_FOLDER}/{name}" for name in names])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -11,6 +11,7 @@ import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fault_proxy import DENIED, FaultProxy, no_fault
 from job_layouts import job_config, prompt_records, write_layouts
 from job_samples import audio_bytes
 from table_reading import read_by_glob
@@ -81,6 +82,27 @@ def test_replaced_parts_are_the_same_table_and_the_job_has_nothing_to_do(output,
     again = run(job_config(table[0], output.url, shard_audio_s=5))
     assert (again.items_in, again.shards, again.ok, again.complete) == (24, receipt.shards, receipt.ok, True)
     assert again.hours_done == pytest.approx(receipt.hours_done)
+
+
+def test_who_may_not_remove_parts_is_refused_or_told(table, s3_server, monkeypatch, capsys):
+    bucket = s3_server.bucket()
+    shutil.copytree(table[1], s3_server.folder / bucket / "out")
+    with FaultProxy(s3_server.endpoint_url) as proxy:
+        for name, value in s3_server.variables(proxy.endpoint_url).items():
+            monkeypatch.setenv(name, value)
+        output = Storage(f"s3://{bucket}/out")
+        before, names = read_by_glob(output, "transcripts"), output.list_names("transcripts")
+        command = ["--output", output.url, "--target-mb", str(TARGET_MB), "--replace"]
+        proxy.plan = lambda request: DENIED if request.is_delete else None
+        assert main(command) == 2
+        assert "AccessDenied" in capsys.readouterr().err
+        assert output.list_names("transcripts") == names
+        proxy.plan = lambda request: DENIED if request.is_delete and request.method == "POST" else None
+        assert main(command) == 1
+        assert len(output.list_names("transcripts")) == len(names) + 1  # of one merged file, and of no other
+        proxy.plan = no_fault
+        assert main(command) == 0
+        assert read_by_glob(output, "transcripts") == before
 
 
 def test_merged_files_are_ordered_and_say_what_they_hold(table, tmp_path):
