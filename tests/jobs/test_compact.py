@@ -16,6 +16,7 @@ from job_layouts import job_config, prompt_records, write_layouts
 from job_samples import audio_bytes
 from table_reading import read_by_glob
 
+from jobs.command_line import JobStoppedError
 from jobs.compact import CompactConfig, compact, main
 from jobs.storage.files import Storage
 from jobs.table import merging
@@ -103,6 +104,34 @@ def test_who_may_not_remove_parts_is_refused_or_told(table, s3_server, monkeypat
         proxy.plan = no_fault
         assert main(command) == 0
         assert read_by_glob(output, "transcripts") == before
+
+
+def test_a_run_whose_parts_are_merged_under_it_says_that_rows_stand_twice(table, s3_server, monkeypatch):
+    bucket = s3_server.bucket()
+    out, merged = (s3_server.folder / bucket / name for name in ("out", "merged"))
+    for copy in (out, merged):
+        shutil.copytree(table[1], copy)
+    compact(CompactConfig(output=str(merged), replace=True))
+    min((out / "transcripts").iterdir()).unlink()
+    (out / "receipt.json").unlink()
+
+    def merge(request):
+        """Another run was faster with the missing shard, and its table is merged before this one puts its part."""
+        if request.method == "PUT" and "/transcripts/part-" in request.path:
+            shutil.rmtree(out / "transcripts")
+            shutil.copytree(merged / "transcripts", out / "transcripts")
+
+    with FaultProxy(s3_server.endpoint_url) as proxy:
+        for name, value in s3_server.variables(proxy.endpoint_url).items():
+            monkeypatch.setenv(name, value)
+        config = job_config(table[0], f"s3://{bucket}/out", shard_audio_s=5)
+        proxy.plan = merge
+        with pytest.raises(JobStoppedError, match="jobs.compact --replace"):
+            run(config)
+        proxy.plan = no_fault
+        output = Storage(f"s3://{bucket}/out")
+        compact(CompactConfig(output=output.url, replace=True))
+        assert len(read_by_glob(output, "transcripts")) == run(config).items_in == 24
 
 
 def test_merged_files_are_ordered_and_say_what_they_hold(table, tmp_path):
