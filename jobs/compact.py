@@ -29,11 +29,14 @@ import tyro
 
 from jobs.command_line import JobStoppedError, exit_status
 from jobs.config import StorageConfig
+from jobs.planning.generations import list_generations
+from jobs.planning.store import read_plan
 from jobs.report.progress import Tally
 from jobs.report.receipt import RECEIPT_FILE, EventLog
 from jobs.storage.files import TEMPORARY_FOLDER, Storage
 from jobs.table.folder_swap import recover_folder, swap_folder
 from jobs.table.merging import merge_parts
+from jobs.table.ownership import recorded_fingerprint
 from jobs.table.parts import TABLE_FOLDER, Footer, find_committed, read_footers
 from jobs.table.schema import METADATA_PREFIX, PartFacts, file_metadata
 from jobs.table.shard_names import pack_shards, unpack_shards
@@ -98,10 +101,10 @@ def compact(config: CompactConfig) -> Compaction:
         InputError: the storage failed; what is done stays, and the next run goes on.
     """
     output = Storage(config.output, config.storage())
-    fingerprint, planned = _complete_table(output)
     output.remove_dead_temporaries()
     if config.replace:
-        _finish_earlier(output, fingerprint, planned)
+        _finish_earlier(output)
+    fingerprint, planned = _complete_table(output)
     target_bytes = int(config.target_mb * MEBIBYTE)
     events, merged = EventLog(output), 0
     while True:
@@ -241,9 +244,10 @@ def _replace(
     return len(groups)
 
 
-def _finish_earlier(output: Storage, fingerprint: str, planned: set[str]) -> None:
-    """Do what a replacement that was stopped left undone."""
-    committed = find_committed(output, fingerprint, planned)
+def _finish_earlier(output: Storage) -> None:
+    """Do what a replacement that was stopped left undone; a job that comes to it refuses to run."""
+    planned = set(read_plan(output, list_generations(output))["shard"].to_pylist())
+    committed = find_committed(output, recorded_fingerprint(output) or "", planned)
     if committed.doubled:
         merged = [held for held in committed.files.values() if held & committed.doubled and len(held) > 1]
         _remove(output, [name for name, held in committed.files.items() if any(held < other for other in merged)])

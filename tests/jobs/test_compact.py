@@ -259,3 +259,21 @@ def test_committed_shards_are_those_of_parts_and_merged_files(table, tmp_path):
     assert main(["--output", output.url]) == 2
     compact(CompactConfig(output=output.url, target_mb=TARGET_MB, replace=True))
     assert find_committed(output, receipt["fingerprint"], planned).doubled == set()
+
+
+def test_rows_that_stand_twice_are_mended_though_the_job_was_killed_since(table, tmp_path, capsys):
+    shutil.copytree(table[1], tmp_path / "out")
+    output = Storage(str(tmp_path / "out"))
+    compact(CompactConfig(output=output.url, target_mb=TARGET_MB, replace=True))
+    gone = {part.name for part in (table[1] / "transcripts").iterdir()} - set(output.list_names("transcripts"))
+    shutil.copy(table[1] / "transcripts" / min(gone), tmp_path / "out/transcripts")
+    receipt = json.loads(output.read_bytes("receipt.json"))
+    output.write_atomic("receipt.json", json.dumps(receipt | {"complete": False}).encode())
+    config = job_config(table[0], output.url, shard_audio_s=5)
+    with pytest.raises(ConfigError, match="jobs.compact --replace"):
+        run(config)
+    assert main(["--output", output.url, "--replace"]) == 2
+    assert "run the job to its end first" in capsys.readouterr().err
+    receipt = run(config)
+    assert (receipt.complete, receipt.items_in, len(read_by_glob(output, "transcripts"))) == (True, 24, 24)
+    assert main(["--output", output.url, "--replace"]) == 0
