@@ -187,7 +187,7 @@ def test_parts_with_errors_that_may_pass_stay_apart_and_can_be_retried(tmp_path,
     assert len(read_by_glob(Storage(str(tmp_path / "out")), "transcripts")) == 5
 
 
-def test_parts_that_a_job_commits_while_folders_change_places_are_kept(tmp_path):
+def test_what_comes_while_folders_change_places_and_what_others_put_there_is_kept(tmp_path):
     table, beside = tmp_path / "transcripts", tmp_path / "beside"
     merged, untouched, again, new = "merged-0-0.parquet", *(f"part-0000-00000{n}-a-0.parquet" for n in (2, 3, 4))
     gone = "part-0000-000001-a-0.parquet"
@@ -202,8 +202,11 @@ def test_parts_that_a_job_commits_while_folders_change_places_are_kept(tmp_path)
     replaced.write_bytes(b"retried")
     os.utime(replaced, ns=(1 << 62, 1 << 62))
     replaced.rename(beside / again)
+    (beside / "_delta_log").mkdir()  # of other programs
+    (beside / "_delta_log/0.json").write_bytes(b"{}")
     recover_folder(str(table), str(beside), {f"0000-00000{n}-a" for n in (1, 2, 3)})
-    assert {path.name: path.read_bytes() for path in table.iterdir()} == {
+    assert (table / "_delta_log/0.json").read_bytes() == b"{}"
+    assert {path.name: path.read_bytes() for path in table.iterdir() if path.is_file()} == {
         merged: b"merged", untouched: b"old", again: b"retried", new: b"new"
     }  # fmt: skip
 
