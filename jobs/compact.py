@@ -9,7 +9,8 @@ What a plain reader of a folder sees, at every moment and after a kill at any mo
   gone, and has to list again.
 - With --replace on an object store, which has no such step, file after file is put, and then the parts it holds are
   removed. In between, for about as long as the two requests take, or from a kill until the next run of this command,
-  the rows of that one file are there twice. None is ever missing. Who cannot bear that reads the copy.
+  the rows of that one file are there twice. None is ever missing from the store; but from a listing of several requests
+  (1000 names each) that begins before the put and ends after the removal. Who cannot bear that reads the copy.
 
 The table must be complete. Rerun, the command goes on where it was stopped; run again after that, it does nothing. A
 later run of the job takes the merged files for the shards that they hold. Parts with errors that `--retry-errors` may
