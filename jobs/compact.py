@@ -35,9 +35,10 @@ from jobs.planning.store import read_plan
 from jobs.report.progress import Tally
 from jobs.report.receipt import RECEIPT_FILE, EventLog
 from jobs.storage.files import TEMPORARY_FOLDER, Storage
+from jobs.storage.local_files import try_lock
 from jobs.table.folder_swap import recover_folder, swap_folder
 from jobs.table.merging import merge_parts
-from jobs.table.ownership import recorded_fingerprint
+from jobs.table.ownership import JOB_FILE, recorded_fingerprint
 from jobs.table.parts import TABLE_FOLDER, Footer, find_committed, read_footers
 from jobs.table.schema import METADATA_PREFIX, PartFacts, file_metadata
 from jobs.table.shard_names import pack_shards, unpack_shards
@@ -102,6 +103,15 @@ def compact(config: CompactConfig) -> Compaction:
         InputError: the storage failed; what is done stays, and the next run goes on.
     """
     output = Storage(config.output, config.storage())
+    if not (config.replace and output.is_local and output.exists(JOB_FILE)):
+        return _compact(config, output)
+    with try_lock(output.path(JOB_FILE)) as alone:
+        if not alone:  # one would take the other's old folder for its new one
+            raise ConfigError(f"{output.url}: another --replace is at work on this output")
+        return _compact(config, output)
+
+
+def _compact(config: CompactConfig, output: Storage) -> Compaction:
     output.remove_dead_temporaries()
     if config.replace:
         _finish_earlier(output)

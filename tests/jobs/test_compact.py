@@ -19,6 +19,7 @@ from table_reading import read_by_glob
 from jobs.command_line import JobStoppedError
 from jobs.compact import CompactConfig, compact, main
 from jobs.storage.files import Storage
+from jobs.storage.local_files import try_lock
 from jobs.table import merging
 from jobs.table.folder_swap import recover_folder, swap_folder
 from jobs.table.merging import merge_parts
@@ -262,6 +263,20 @@ def test_committed_shards_are_those_of_parts_and_merged_files(table, tmp_path):
     assert main(["--output", output.url]) == 2
     compact(CompactConfig(output=output.url, target_mb=TARGET_MB, replace=True))
     assert find_committed(output, receipt["fingerprint"], planned).doubled == set()
+
+
+def test_two_replacements_of_one_folder_do_not_run_at_once(table, tmp_path, capsys):
+    shutil.copytree(table[1], tmp_path / "out")
+    output, command = Storage(str(tmp_path / "out")), ["--output", str(tmp_path / "out"), "--replace"]
+    names = output.list_names("transcripts")
+    with try_lock(output.path("job.json")) as alone:
+        assert alone
+        assert main(command) == 2
+        assert "another --replace is at work" in capsys.readouterr().err
+        assert output.list_names("transcripts") == names
+        assert main(command[:-1]) == 0  # a copy can be made meanwhile
+    assert main(command) == 0
+    assert len(output.list_names("transcripts")) == 1
 
 
 def test_rows_that_stand_twice_are_mended_though_the_job_was_killed_since(table, tmp_path, capsys):
