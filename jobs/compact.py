@@ -9,7 +9,8 @@ What a plain reader of a folder sees, at every moment and after a kill at any mo
   gone, and has to list again.
 - With --replace on an object store, which has no such step, file after file is put, and then the parts it holds are
   removed. In between, for about as long as the two requests take, or from a kill until the next run of this command,
-  the rows of that one file are there twice. None is ever missing. Who cannot bear that reads the copy.
+  the rows of that one file are there twice. None is ever missing from the store; but from a listing of several requests
+  (1000 names each) that begins before the put and ends after the removal. Who cannot bear that reads the copy.
 
 The table must be complete. Rerun, the command goes on where it was stopped; run again after that, it does nothing. A
 later run of the job takes the merged files for the shards that they hold. Parts with errors that `--retry-errors` may
@@ -29,17 +30,22 @@ import tyro
 
 from jobs.command_line import JobStoppedError, exit_status
 from jobs.config import StorageConfig
+from jobs.planning.generations import list_generations
+from jobs.planning.store import read_plan
 from jobs.report.progress import Tally
 from jobs.report.receipt import RECEIPT_FILE, EventLog
 from jobs.storage.files import TEMPORARY_FOLDER, Storage
+from jobs.storage.local_files import try_lock
 from jobs.table.folder_swap import recover_folder, swap_folder
 from jobs.table.merging import merge_parts
+from jobs.table.ownership import JOB_FILE, recorded_fingerprint
 from jobs.table.parts import TABLE_FOLDER, Footer, find_committed, read_footers
 from jobs.table.schema import METADATA_PREFIX, PartFacts, file_metadata
 from jobs.table.shard_names import pack_shards, unpack_shards
-from parakeet_core.errors import RETRYABLE_KINDS, ConfigError
+from parakeet_core.errors import RETRYABLE_KINDS, ConfigError, ErrorKind, InputError
 
 COMPACTED_FOLDER = "compacted"
+REMOVAL_PROBE = ".removal-probe"  # never there: object stores answer its removal by what the caller may do
 VERSION_DIGITS = 12
 MEBIBYTE = 1 << 20
 
@@ -97,10 +103,19 @@ def compact(config: CompactConfig) -> Compaction:
         InputError: the storage failed; what is done stays, and the next run goes on.
     """
     output = Storage(config.output, config.storage())
-    fingerprint, planned = _complete_table(output)
+    if not (config.replace and output.is_local and output.exists(JOB_FILE)):
+        return _compact(config, output)
+    with try_lock(output.path(JOB_FILE)) as alone:
+        if not alone:  # one would take the other's old folder for its new one
+            raise ConfigError(f"{output.url}: another --replace is at work on this output")
+        return _compact(config, output)
+
+
+def _compact(config: CompactConfig, output: Storage) -> Compaction:
     output.remove_dead_temporaries()
     if config.replace:
-        _finish_earlier(output, fingerprint, planned)
+        _finish_earlier(output)
+    fingerprint, planned = _complete_table(output)
     target_bytes = int(config.target_mb * MEBIBYTE)
     events, merged = EventLog(output), 0
     while True:
@@ -232,15 +247,18 @@ def _replace(
             recover_folder(output.path(TABLE_FOLDER), output.path(beside), _shards(files))
             _drop_folders(output)
             return len(groups)
+    if groups:
+        _check_removal(output)
     for name, group in names.items():
         _write_merged(output, group, f"{TABLE_FOLDER}/{name}")
         _remove(output, [file.name for file in group])
     return len(groups)
 
 
-def _finish_earlier(output: Storage, fingerprint: str, planned: set[str]) -> None:
-    """Do what a replacement that was stopped left undone."""
-    committed = find_committed(output, fingerprint, planned)
+def _finish_earlier(output: Storage) -> None:
+    """Do what a replacement that was stopped left undone; a job that comes to it refuses to run."""
+    planned = set(read_plan(output, list_generations(output))["shard"].to_pylist())
+    committed = find_committed(output, recorded_fingerprint(output) or "", planned)
     if committed.doubled:
         merged = [held for held in committed.files.values() if held & committed.doubled and len(held) > 1]
         _remove(output, [name for name, held in committed.files.items() if any(held < other for other in merged)])
@@ -259,13 +277,19 @@ def _drop_folders(output: Storage, but: str = "") -> None:
             shutil.rmtree(folder)
 
 
+def _check_removal(output: Storage) -> None:
+    """Refuse who may put files of the table but not remove them, before the rows of one stand twice."""
+    try:
+        output.delete(f"{TABLE_FOLDER}/{REMOVAL_PROBE}")
+    except InputError as error:
+        if error.kind != ErrorKind.FORBIDDEN:
+            raise
+        raise ConfigError(f"--replace has to remove the parts that it has merged: {error.message}") from error
+
+
 def _remove(output: Storage, names: Sequence[str]) -> None:
-    """Remove files of the table, on S3 a thousand in a request."""
-    if output.is_local:
-        for name in names:
-            output.delete(f"{TABLE_FOLDER}/{name}")
-    elif names:
-        output.call(TABLE_FOLDER, output.fs.rm, [output.path(f"{TABLE_FOLDER}/{name}") for name in names])
+    """Remove files of the table."""
+    output.delete_all([f"{TABLE_FOLDER}/{name}" for name in names])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -41,12 +41,13 @@ def transcribe_dataset(
     Args:
         audio_column: encoded audio as bytes, or the Hugging Face form `{bytes, path}`.
         model, device, dtype: as the job's options.
-        actors: fewest and most; each takes one GPU on cuda, one CPU otherwise.
+        actors: fewest and most; each takes one CPU, and one GPU on cuda.
         batch_rows: rows that an actor takes at a time.
 
     Returns:
-        The dataset with the columns of `COLUMNS`; a row whose audio cannot be decoded has status "error" and why. Rows
-        are neither dropped nor added. Unlike the job, nothing here is committed or resumed.
+        The dataset with the columns of `COLUMNS`, in the place of those that have these names: rename a reference that
+        is called `text` before. A row whose audio cannot be decoded has status "error" and why. Rows are neither
+        dropped nor added. Unlike the job, nothing here is committed or resumed.
 
     Raises:
         CheckpointError: the model cannot be used.

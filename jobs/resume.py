@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from jobs.report.progress import Tally
 from jobs.report.receipt import RECEIPT_FILE
 from jobs.storage.files import Storage
-from jobs.table.parts import find_committed, read_facts
+from jobs.table.parts import Committed, find_committed, read_facts
 from jobs.table.shard_names import unpack_shards
 from parakeet_core.errors import RETRYABLE_KINDS, ConfigError
 
@@ -38,14 +38,9 @@ def account_earlier(output: Storage, fingerprint: str, planned: set[str], retry_
         retry_errors: leave out the shards with errors that may pass.
 
     Raises:
-        ConfigError: the table's folder holds files of another origin.
+        ConfigError: the table's folder holds files of another origin, or shards stand in two of them.
     """
-    committed = find_committed(output, fingerprint, planned)
-    if committed.doubled:
-        raise ConfigError(
-            f"{output.url}: merging of the table's parts was stopped, and {len(committed.doubled)} shards stand in two "
-            "files; finish it with `python -m jobs.compact --replace` on this output"
-        )
+    committed = find_undoubled(output, fingerprint, planned)
     shards, tally, complete = _read_receipt(output, fingerprint)
     known = shards <= committed.shards and all(held <= shards or not held & shards for held in committed.files.values())
     if not known or (retry_errors and not RETRYABLE_KINDS.isdisjoint(tally.errors_by_kind)):
@@ -56,6 +51,18 @@ def account_earlier(output: Storage, fingerprint: str, planned: set[str], retry_
             tally.add(facts, len(unaccounted[name]))
             shards |= unaccounted[name]
     return Earlier(shards, tally, complete and not unaccounted)
+
+
+def find_undoubled(output: Storage, fingerprint: str, planned: set[str]) -> Committed:
+    """The files of the table. Raises ConfigError as `find_committed`, and where shards stand in two of them."""
+    committed = find_committed(output, fingerprint, planned)
+    if committed.doubled:
+        raise ConfigError(
+            f"{output.url}: merging of the table's parts was stopped, or came between the runs of two jobs, and "
+            f"{len(committed.doubled)} shards stand in two files; finish it with `python -m jobs.compact --replace` on "
+            "this output"
+        )
+    return committed
 
 
 def _read_receipt(output: Storage, fingerprint: str) -> tuple[set[str], Tally, bool]:

@@ -28,6 +28,7 @@ from jobs.ray_session import alive_nodes, note_local_output, ray_session, root_c
 from jobs.report.page import write_report
 from jobs.report.progress import ProgressDisplay
 from jobs.report.receipt import EventLog, Receipt, add_to_receipt, summarise
+from jobs.resume import find_undoubled
 from jobs.storage.connections import scrub
 from jobs.storage.files import Storage
 from jobs.table.ownership import claim_output
@@ -93,7 +94,7 @@ def _transcribe(state: Run, todo: pa.Table, cluster: dict[str, float]) -> Receip
     try:
         with _stops_named(state):
             _commit_shards(state, todo, resources, display, events)
-            find_committed(state.output, state.fingerprint, state.planned_shards)
+            find_undoubled(state.output, state.fingerprint, state.planned_shards)
     except KeyboardInterrupt:
         page = False  # `ray job stop` leaves 3 s, and the page reads hundreds of parts
         raise
@@ -169,7 +170,7 @@ def _stops_named(state: Run) -> Iterator[None]:
         ) from error
     except (ray.exceptions.RayError, InputError) as error:
         raise JobStoppedError(f"{scrub(root_cause(error), state.output.options)}; {RESUME_HINT}") from error
-    except ConfigError as error:  # parts of another driver that began at the same moment, past all checks
+    except ConfigError as error:  # parts of another driver, or merged ones, that came past all checks
         raise JobStoppedError(f"the table is not whole: {error}") from error
 
 

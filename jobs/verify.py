@@ -119,14 +119,27 @@ def verify_table(
     samples = choose_samples(shards, files, items)
     # No memory is asked for: what no node has would be waited for without end.
     worker = ray.remote(num_gpus=1, num_cpus=0)(_repeat) if device == "cuda" else ray.remote(num_cpus=1)(_repeat)
-    pairs = ray.get(worker.remote(output, samples, sources, model, device))
+    return summarise(ray.get(worker.remote(output, samples, sources, model, device)), items)
+
+
+def summarise(pairs: list[tuple[str, str, str | None]], asked: int) -> Verification:
+    """What came of (id, text in the table, text in float32 or None) of the sampled items."""
     compared = [(id_, text, again) for id_, text, again in pairs if again is not None]
     differing = [id_ for id_, text, again in compared if text != again]
-    words = [(normalise_words(again), normalise_words(text)) for _, text, again in compared]
-    words = [(again, text) for again, text in words if again]
-    wer = jiwer.wer([again for again, _ in words], [text for _, text in words]) if words else None
+    wer = _corpus_wer([(normalise_words(again), normalise_words(text)) for _, text, again in compared])
     failed = len(pairs) - len(compared)
-    return Verification(items, len(compared), len(differing), wer, tuple(differing[:LISTED]), failed)
+    return Verification(asked, len(compared), len(differing), wer, tuple(differing[:LISTED]), failed)
+
+
+def _corpus_wer(words: list[tuple[str, str]]) -> float | None:
+    """Word errors over reference words, of (reference, text); all words against an empty reference are errors."""
+    spoken = [pair for pair in words if pair[0]]
+    if not spoken:
+        return None
+    found = jiwer.process_words([reference for reference, _ in spoken], [text for _, text in spoken])
+    errors = found.substitutions + found.deletions + found.insertions
+    errors += sum(len(text.split()) for reference, text in words if not reference)
+    return errors / sum(len(reference.split()) for reference, _ in spoken)
 
 
 def _repeat(

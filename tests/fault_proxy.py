@@ -23,11 +23,13 @@ UPSTREAM_TIMEOUT_S = 60.0
 # Answers of S3; a body cut by RST, or by a proper end that is too early; a connection that breaks before the server has
 # the request, or after it has done it; a socket that never answers; credentials that have expired.
 FAULTS = ("slow_down", "internal_error", "reset", "short", "lost_request", "lost_answer", "hang", "expired_token")
+DENIED = "denied"  # and what asks for the removal of many objects is answered with 200, and a refusal for each of them
 PASSING = ("slow_down", "internal_error", "reset", "short", "lost_request", "lost_answer")
 _ANSWERS = {
     "slow_down": (503, "SlowDown", "Please reduce your request rate."),
     "internal_error": (500, "InternalError", "We encountered an internal error. Please try again."),
     "expired_token": (403, "ExpiredToken", "The provided token has expired."),
+    DENIED: (403, "AccessDenied", "Access Denied"),
 }
 
 
@@ -48,8 +50,12 @@ class Request:
     def is_listing(self) -> bool:
         return self.method == "GET" and "list-type=" in self.query
 
+    @property
+    def is_delete(self) -> bool:
+        return self.method == "DELETE" or (self.method == "POST" and self.query.startswith("delete"))
 
-Plan = Callable[[Request], str | None]  # one of FAULTS, or None
+
+Plan = Callable[[Request], str | None]  # one of FAULTS, DENIED, or None
 
 
 def no_fault(_: Request) -> str | None:
@@ -132,7 +138,9 @@ class _Handler(BaseHTTPRequestHandler):
     def handle_request(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         request, fault = self.server.decide(self.command, self.path)
-        if fault in _ANSWERS:
+        if fault == DENIED and request.is_delete and self.command == "POST":
+            self._refuse_each(body)
+        elif fault in _ANSWERS:
             self._answer_error(*_ANSWERS[fault])
         elif fault == "hang":
             self.server.closing.wait()
@@ -180,6 +188,13 @@ class _Handler(BaseHTTPRequestHandler):
         content = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>{message}</Message></Error>".encode()
         content = b"" if self.command == "HEAD" else content
         self._send(status, [("Content-Type", "application/xml")], content, len(content))
+
+    def _refuse_each(self, body: bytes) -> None:
+        """What S3 says to DeleteObjects of somebody who may not."""
+        keys = [key.text for key in ElementTree.fromstring(body).iter(f"{{{XML_NAMESPACE}}}Key")]  # noqa: S314 - ours
+        errors = "".join(f"<Error><Key>{key}</Key><Code>AccessDenied</Code></Error>" for key in keys)
+        content = f"<?xml version='1.0'?><DeleteResult xmlns='{XML_NAMESPACE}'>{errors}</DeleteResult>".encode()
+        self._send(200, [("Content-Type", "application/xml")], content, len(content))
 
     def _reset(self) -> None:
         """End the connection with RST, as a middlebox or a dying server does."""

@@ -14,6 +14,8 @@ from jobs.inputs.plan_rows import PLAN_SCHEMA, digest_strings
 from jobs.planning.planned_items import PlannedItems
 from jobs.planning.sizing import KindSampler
 
+SPILL_FILE = "rows.arrow"
+
 
 @dataclass
 class RowFacts:
@@ -46,7 +48,7 @@ class RowFacts:
 def collect_rows(
     batches: Iterable[pa.RecordBatch], folder: str, planned: PlannedItems
 ) -> tuple[RowFacts, np.ndarray, KindSampler]:
-    """Spill the rows to `folder/rows.arrow` and keep their numbers, and each row's kind (int16 [N]).
+    """Spill the rows to `SPILL_FILE` in `folder` and keep their numbers, and each row's kind (int16 [N]).
 
     Only rows that are not `planned` are sampled: what is finished is not opened again.
     """
@@ -54,7 +56,7 @@ def collect_rows(
     columns: dict[str, list[np.ndarray]] = {name: [] for name in [*RowFacts.__dataclass_fields__, "codes"]}
     options = pa.ipc.IpcWriteOptions(compression="lz4")
     with (
-        pa.OSFile(f"{folder}/rows.arrow", "wb") as file,
+        pa.OSFile(f"{folder}/{SPILL_FILE}", "wb") as file,
         pa.ipc.new_stream(file, PLAN_SCHEMA, options=options) as writer,
     ):
         for batch in batches:
@@ -97,7 +99,7 @@ def _mask(column: pa.Array) -> np.ndarray:
 def read_spill(folder: str) -> Iterator[tuple[int, pa.RecordBatch]]:
     """(index of the first row, batch) of the spilled rows, in input order."""
     first = 0
-    with pa.OSFile(f"{folder}/rows.arrow") as file:
+    with pa.OSFile(f"{folder}/{SPILL_FILE}") as file:
         for batch in pa.ipc.open_stream(file):
             yield first, batch
             first += len(batch)

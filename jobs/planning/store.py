@@ -10,6 +10,7 @@ once cannot mix theirs; the JSON file decides.
 """
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -18,7 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from jobs.inputs.plan_rows import PLAN_SCHEMA
-from jobs.planning.facts import read_spill
+from jobs.planning.facts import SPILL_FILE, read_spill
 from jobs.planning.generations import FOLDER, PLAN_FORMAT, RACE, Generation, generation_name, read_generation
 from jobs.planning.item_digests import item_files
 from jobs.planning.shards import Plan
@@ -27,6 +28,7 @@ from parakeet_core.errors import ConfigError, ErrorKind, InputError
 
 SHARDS_PER_FILE = 256  # a worker reads the footer of its plan file: about 200 KB at 256 row groups of 15 columns
 BUCKET_ROWS = 400_000  # rows sorted in memory at once while plan files are written, about 100 MB
+BUCKET_BYTES = 128 << 20  # of the spill, which is compressed to a half or third: fewer rows that carry long texts
 PLAN_DIGITS = 8  # of a plan's fingerprint, in names
 SHARD_SCHEMA = pa.schema(
     [
@@ -134,7 +136,7 @@ def plan_files(plan: Plan) -> Iterator[tuple[int, bytes]]:
     _distribute(plan, bucket_of_file, folder)
     for bucket in np.unique(bucket_of_file).tolist():
         with pa.OSFile(f"{folder}-{bucket}.arrow") as file:
-            table = pa.ipc.open_stream(file).read_all()
+            table = _in_one_chunk(pa.ipc.open_stream(file).read_all())
         keys = [(name, "ascending") for name in ("shard", "source", "offset_s", "channel", "id")]
         order = pc.sort_indices(table, sort_keys=keys)
         shards = table["shard"].to_numpy()[order.to_numpy()]
@@ -142,13 +144,20 @@ def plan_files(plan: Plan) -> Iterator[tuple[int, bytes]]:
             first, last = number * SHARDS_PER_FILE, min((number + 1) * SHARDS_PER_FILE, plan.shards)
             edges = np.searchsorted(shards, np.arange(first, last + 1))
             rows = table.take(order[int(edges[0]) : int(edges[-1])]).drop_columns(["shard"])
-            yield int(number), _parquet_bytes(rows, edges - edges[0])
+            yield int(number), _parquet_bytes(rows.cast(PLAN_SCHEMA), edges - edges[0])
+
+
+def _in_one_chunk(table: pa.Table) -> pa.Table:
+    """To take rows of a column Arrow joins its chunks, and 32-bit offsets, those of strings, end at 2 GiB."""
+    fields = [field.with_type(pa.large_string()) if field.type == pa.string() else field for field in table.schema]
+    return table.cast(pa.schema(fields)).combine_chunks()
 
 
 def _buckets(plan: Plan) -> np.ndarray:
-    """Bucket of each plan file: consecutive files, together about `BUCKET_ROWS` rows."""
+    """Bucket of each plan file: consecutive files, together about `BUCKET_ROWS` rows or `BUCKET_BYTES`."""
+    spilled = os.path.getsize(f"{plan.spill.name}/{SPILL_FILE}") / len(plan.shard_of)
     rows = np.add.reduceat(plan.shard_rows, np.arange(0, plan.shards, SHARDS_PER_FILE))
-    return (np.cumsum(rows) - rows) // BUCKET_ROWS
+    return (np.cumsum(rows) - rows) // max(1, min(BUCKET_ROWS, int(BUCKET_BYTES / spilled)))
 
 
 def _distribute(plan: Plan, bucket_of_file: np.ndarray, folder: str) -> None:

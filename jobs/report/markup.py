@@ -3,7 +3,7 @@
 import html
 from collections.abc import Sequence
 
-# Neither HTML nor a reader's eye has a use for control characters other than tab and newline.
+# Neither HTML nor a terminal nor a reader's eye has a use for control characters other than tab and newline.
 _CONTROLS = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)], "\ufffd")
 
 
@@ -11,11 +11,16 @@ class Html(str):
     """Markup that is ready for a page. Every other string is escaped on its way there."""
 
 
+def visible(text: str) -> str:
+    """`text` with a sign in the place of each control character, which a terminal would obey."""
+    return text.translate(_CONTROLS)
+
+
 def safe(value: object) -> Html:
     """`value` as markup: escaped, unless it is `Html` already."""
     if isinstance(value, Html):
         return value
-    return Html(html.escape(str(value).translate(_CONTROLS)))
+    return Html(html.escape(visible(str(value))))
 
 
 def foreign(text: str) -> Html:

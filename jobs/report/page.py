@@ -87,8 +87,9 @@ def notices(receipt: dict, stats: TableStats) -> Html:
         found.append(
             "The run stopped before its last shard. The same command resumes it; what is counted here is kept."
         )
-    if receipt["items_in"] != receipt["ok"] + receipt["empty"] + receipt["errors"]:
-        found.append("The receipt does not add up: items in is not ok + empty + errors.")
+    counted = receipt["ok"] + receipt["empty"] + receipt["errors"]
+    if receipt["items_in"] != counted + receipt["items_pending"]:
+        found.append("The receipt does not add up: items in is not ok + empty + errors + not yet.")
     for part, reason in stats.unreadable:
         found.append(join("A part could not be read: ", foreign(part), ": ", foreign(reason)))
     if stats.sampled:
@@ -96,8 +97,8 @@ def notices(receipt: dict, stats: TableStats) -> Html:
             f"Histograms and lists are of {number(stats.parts_read)} of {number(stats.parts)} parts, evenly spaced "
             f"({number(stats.rows)} rows). The account and the error counts are of the whole table."
         )
-    elif not stats.unreadable and stats.rows != receipt["items_in"]:
-        found.append(f"The parts hold {number(stats.rows)} rows, the receipt says {number(receipt['items_in'])}.")
+    elif not stats.unreadable and stats.rows != counted:
+        found.append(f"The parts hold {number(stats.rows)} rows, the receipt says {number(counted)}.")
     return join(*(element("p", text, class_="notice", role="note") for text in found))
 
 
@@ -121,14 +122,13 @@ def headline(receipt: dict) -> Html:
         class_="cards",
     )
     shares = [("ok", r["ok"], "ok"), ("empty", r["empty"], "empty"), ("errors", r["errors"], "error")]
+    if r["items_pending"]:
+        shares.append(("not yet", r["items_pending"], "idle"))
     legend = [element("li", f"{name} {number(count)}", class_=css) for name, count, css in shares]
+    account = " + ".join(f"{number(count)} {name}" for name, count, _ in shares)
     balance = element(
         "div",
-        element(
-            "p",
-            f"{number(r['items_in'])} items in = {number(r['ok'])} ok + {number(r['empty'])} empty "
-            f"+ {number(r['errors'])} errors",
-        ),
+        element("p", f"{number(r['items_in'])} items in = {account}"),
         element(
             "p",
             f"{number(r['hours_in'], 3)} hours in = {number(r['hours_done'], 3)} done "

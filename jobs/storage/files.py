@@ -15,6 +15,7 @@ from jobs.storage.connections import (
     StorageOptions,
     connect,
     read_object,
+    s3_delete,
     s3_keys,
     scheme_of,
     scrub,
@@ -155,6 +156,14 @@ class Storage:
         except InputError as error:
             if error.kind != ErrorKind.MISSING_OBJECT:
                 raise
+
+    def delete_all(self, names: Sequence[str]) -> None:
+        """Remove files, on S3 many in a request; no error for those that are gone already."""
+        if self.scheme in S3_SCHEMES:
+            s3_delete(self.fs, [self.path(name) for name in names], self.options)
+        else:
+            for name in names:
+                self.delete(name)
 
     def remove_dead_temporaries(self) -> int:
         """Remove what killed writers have left; the number of files. Object stores keep nothing of a broken put."""

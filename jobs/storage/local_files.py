@@ -12,7 +12,8 @@ import shutil
 import stat
 import time
 import uuid
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import IO
 
 from parakeet_core.errors import ErrorKind, InputError
@@ -99,6 +100,21 @@ def _open_locked(folder: str) -> tuple[str, int]:
         if os.fstat(handle).st_nlink:
             return path, handle
         os.close(handle)  # taken for dead between its making and its lock
+
+
+@contextmanager
+def try_lock(path: str) -> Iterator[bool]:
+    """Lock an existing file for the length of the block; False if another process has it. A dead process has none."""
+    with open(path, "rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        except OSError as error:
+            if error.errno not in _NO_LOCKS | {errno.EBADF}:  # NFS: no lock for who only reads
+                raise
+        yield True
 
 
 def _own_prefix() -> str:

@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterable
 
 from jobs.storage.local_files import sync_folder
-from jobs.table.parts import PART_NAME
+from jobs.table.parts import MERGED_NAME, PART_NAME
 
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 
@@ -41,17 +41,19 @@ def _link(source: str, target: str) -> None:
 
 
 def recover_folder(folder: str, old: str, shards: set[str]) -> None:
-    """Bring parts of `old` into `folder` that were committed there by a job that ran while the two changed places.
+    """Bring from `old` into `folder` what belongs there: parts that a job committed while the two changed places, and
+    what others have put beside the files of the table, as `_SUCCESS` or `_delta_log/`.
 
     Args:
         shards: that `folder` holds.
     """
     for name in os.listdir(old):
-        found = PART_NAME.match(name)
-        if found is None:
+        found, there = PART_NAME.match(name), f"{folder}/{name}"
+        if MERGED_NAME.match(name):
             continue
-        there = f"{folder}/{name}"
-        if os.path.exists(there):
+        if found is None:
+            late = not os.path.lexists(there)
+        elif os.path.exists(there):
             late = os.stat(f"{old}/{name}").st_mtime_ns > os.stat(there).st_mtime_ns
         else:
             late = found["shard"] not in shards

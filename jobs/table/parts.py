@@ -24,7 +24,7 @@ from parakeet_core.errors import ConfigError
 TABLE_FOLDER = "transcripts"
 LIST_SPAN = 3990  # parts that one range of a listing holds, and many ranges are listed at a time: four pages of 1000
 FOOTER_THREADS = 32  # requests for footers at a time; each waits 20-100 ms on an object store
-PART_NAME = re.compile(r"^part-(?P<shard>\d{4}-\d{6}-[0-9a-f]+)-(?P<fingerprint>[0-9a-f]+)\.parquet$")
+PART_NAME = re.compile(r"^part-(?P<shard>\d{4,}-\d{6,}-[0-9a-f]+)-(?P<fingerprint>[0-9a-f]+)\.parquet$")
 MERGED_NAME = re.compile(r"^merged-[0-9a-f]+-(?P<fingerprint>[0-9a-f]+)\.parquet$")
 SHARDS_KEY = f"{METADATA_PREFIX}shards".encode()  # in the metadata of a merged file
 

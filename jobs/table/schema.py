@@ -1,7 +1,7 @@
 """The transcript table: its columns, the metadata of a part, its counts. Knows nothing of Ray or storage."""
 
 import json
-import re
+import unicodedata
 from dataclasses import dataclass
 
 import jiwer
@@ -69,8 +69,17 @@ class PartFacts:
 
 
 def normalise_words(text: str) -> str:
-    """Lower case, letters, digits and apostrophes (as typewriters have them) only: what the `wer` column compares."""
-    return " ".join(re.findall(r"[\w']+", text.lower().replace("\u2019", "'")))
+    """Lower case, letters with their marks, digits and apostrophes (as typewriters have them) only, composed (NFC).
+
+    What the `wer` column compares. A regular expression's word characters have no marks: it would cut words at the
+    vowel signs of Hindi, and at the accents of texts that are decomposed, as some corpora are.
+    """
+    composed = unicodedata.normalize("NFC", text.lower().replace("\u2019", "'"))
+    return " ".join("".join(character if _in_word(character) else " " for character in composed).split())
+
+
+def _in_word(character: str) -> bool:
+    return character.isalnum() or character in "_'" or unicodedata.category(character).startswith("M")
 
 
 def word_error_rate(reference: str, text: str) -> float | None:

@@ -108,7 +108,8 @@ def receipt_of(output: Storage, rows: list[dict], **values) -> dict:
     done_s = sum(row["duration_s"] for row in by_status["ok"] + by_status["empty"])
     lost_s = sum(row.get("duration_s") or 0.0 for row in by_status["error"])
     receipt = {
-        "items_in": len(rows), "ok": len(by_status["ok"]), "empty": len(by_status["empty"]), "errors": len(kinds),
+        "items_in": len(rows), "items_pending": 0,
+        "ok": len(by_status["ok"]), "empty": len(by_status["empty"]), "errors": len(kinds),
         "error_rate": len(kinds) / len(rows) if rows else 0.0,
         "errors_by_kind": {kind: kinds.count(kind) for kind in sorted(set(kinds))},
         "hours_in": (done_s + lost_s) / 3600, "hours_done": done_s / 3600, "hours_lost": lost_s / 3600,

@@ -11,12 +11,15 @@ import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fault_proxy import DENIED, FaultProxy, no_fault
 from job_layouts import job_config, prompt_records, write_layouts
 from job_samples import audio_bytes
 from table_reading import read_by_glob
 
+from jobs.command_line import JobStoppedError
 from jobs.compact import CompactConfig, compact, main
 from jobs.storage.files import Storage
+from jobs.storage.local_files import try_lock
 from jobs.table import merging
 from jobs.table.folder_swap import recover_folder, swap_folder
 from jobs.table.merging import merge_parts
@@ -83,6 +86,55 @@ def test_replaced_parts_are_the_same_table_and_the_job_has_nothing_to_do(output,
     assert again.hours_done == pytest.approx(receipt.hours_done)
 
 
+def test_who_may_not_remove_parts_is_refused_or_told(table, s3_server, monkeypatch, capsys):
+    bucket = s3_server.bucket()
+    shutil.copytree(table[1], s3_server.folder / bucket / "out")
+    with FaultProxy(s3_server.endpoint_url) as proxy:
+        for name, value in s3_server.variables(proxy.endpoint_url).items():
+            monkeypatch.setenv(name, value)
+        output = Storage(f"s3://{bucket}/out")
+        before, names = read_by_glob(output, "transcripts"), output.list_names("transcripts")
+        command = ["--output", output.url, "--target-mb", str(TARGET_MB), "--replace"]
+        proxy.plan = lambda request: DENIED if request.is_delete else None
+        assert main(command) == 2
+        assert "AccessDenied" in capsys.readouterr().err
+        assert output.list_names("transcripts") == names
+        proxy.plan = lambda request: DENIED if request.is_delete and request.method == "POST" else None
+        assert main(command) == 1
+        assert len(output.list_names("transcripts")) == len(names) + 1  # of one merged file, and of no other
+        proxy.plan = no_fault
+        assert main(command) == 0
+        assert read_by_glob(output, "transcripts") == before
+
+
+def test_a_run_whose_parts_are_merged_under_it_says_that_rows_stand_twice(table, s3_server, monkeypatch):
+    bucket = s3_server.bucket()
+    out, merged = (s3_server.folder / bucket / name for name in ("out", "merged"))
+    for copy in (out, merged):
+        shutil.copytree(table[1], copy)
+    compact(CompactConfig(output=str(merged), replace=True))
+    min((out / "transcripts").iterdir()).unlink()
+    (out / "receipt.json").unlink()
+
+    def merge(request):
+        """Another run was faster with the missing shard, and its table is merged before this one puts its part."""
+        if request.method == "PUT" and "/transcripts/part-" in request.path:
+            shutil.rmtree(out / "transcripts")
+            shutil.copytree(merged / "transcripts", out / "transcripts")
+
+    with FaultProxy(s3_server.endpoint_url) as proxy:
+        for name, value in s3_server.variables(proxy.endpoint_url).items():
+            monkeypatch.setenv(name, value)
+        config = job_config(table[0], f"s3://{bucket}/out", shard_audio_s=5)
+        proxy.plan = merge
+        with pytest.raises(JobStoppedError, match="jobs.compact --replace"):
+            run(config)
+        proxy.plan = no_fault
+        output = Storage(f"s3://{bucket}/out")
+        compact(CompactConfig(output=output.url, replace=True))
+        assert len(read_by_glob(output, "transcripts")) == run(config).items_in == 24
+
+
 def test_merged_files_are_ordered_and_say_what_they_hold(table, tmp_path):
     shutil.copytree(table[1], tmp_path / "out")
     compact(CompactConfig(output=str(tmp_path / "out"), replace=True))
@@ -136,7 +188,7 @@ def test_parts_with_errors_that_may_pass_stay_apart_and_can_be_retried(tmp_path,
     assert len(read_by_glob(Storage(str(tmp_path / "out")), "transcripts")) == 5
 
 
-def test_parts_that_a_job_commits_while_folders_change_places_are_kept(tmp_path):
+def test_what_comes_while_folders_change_places_and_what_others_put_there_is_kept(tmp_path):
     table, beside = tmp_path / "transcripts", tmp_path / "beside"
     merged, untouched, again, new = "merged-0-0.parquet", *(f"part-0000-00000{n}-a-0.parquet" for n in (2, 3, 4))
     gone = "part-0000-000001-a-0.parquet"
@@ -151,8 +203,11 @@ def test_parts_that_a_job_commits_while_folders_change_places_are_kept(tmp_path)
     replaced.write_bytes(b"retried")
     os.utime(replaced, ns=(1 << 62, 1 << 62))
     replaced.rename(beside / again)
+    (beside / "_delta_log").mkdir()  # of other programs
+    (beside / "_delta_log/0.json").write_bytes(b"{}")
     recover_folder(str(table), str(beside), {f"0000-00000{n}-a" for n in (1, 2, 3)})
-    assert {path.name: path.read_bytes() for path in table.iterdir()} == {
+    assert (table / "_delta_log/0.json").read_bytes() == b"{}"
+    assert {path.name: path.read_bytes() for path in table.iterdir() if path.is_file()} == {
         merged: b"merged", untouched: b"old", again: b"retried", new: b"new"
     }  # fmt: skip
 
@@ -208,3 +263,35 @@ def test_committed_shards_are_those_of_parts_and_merged_files(table, tmp_path):
     assert main(["--output", output.url]) == 2
     compact(CompactConfig(output=output.url, target_mb=TARGET_MB, replace=True))
     assert find_committed(output, receipt["fingerprint"], planned).doubled == set()
+
+
+def test_two_replacements_of_one_folder_do_not_run_at_once(table, tmp_path, capsys):
+    shutil.copytree(table[1], tmp_path / "out")
+    output, command = Storage(str(tmp_path / "out")), ["--output", str(tmp_path / "out"), "--replace"]
+    names = output.list_names("transcripts")
+    with try_lock(output.path("job.json")) as alone:
+        assert alone
+        assert main(command) == 2
+        assert "another --replace is at work" in capsys.readouterr().err
+        assert output.list_names("transcripts") == names
+        assert main(command[:-1]) == 0  # a copy can be made meanwhile
+    assert main(command) == 0
+    assert len(output.list_names("transcripts")) == 1
+
+
+def test_rows_that_stand_twice_are_mended_though_the_job_was_killed_since(table, tmp_path, capsys):
+    shutil.copytree(table[1], tmp_path / "out")
+    output = Storage(str(tmp_path / "out"))
+    compact(CompactConfig(output=output.url, target_mb=TARGET_MB, replace=True))
+    gone = {part.name for part in (table[1] / "transcripts").iterdir()} - set(output.list_names("transcripts"))
+    shutil.copy(table[1] / "transcripts" / min(gone), tmp_path / "out/transcripts")
+    receipt = json.loads(output.read_bytes("receipt.json"))
+    output.write_atomic("receipt.json", json.dumps(receipt | {"complete": False}).encode())
+    config = job_config(table[0], output.url, shard_audio_s=5)
+    with pytest.raises(ConfigError, match="jobs.compact --replace"):
+        run(config)
+    assert main(["--output", output.url, "--replace"]) == 2
+    assert "run the job to its end first" in capsys.readouterr().err
+    receipt = run(config)
+    assert (receipt.complete, receipt.items_in, len(read_by_glob(output, "transcripts"))) == (True, 24, 24)
+    assert main(["--output", output.url, "--replace"]) == 0

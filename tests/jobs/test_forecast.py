@@ -126,3 +126,13 @@ def test_the_command_says_what_a_large_run_takes(capsys):
     assert main(["--hours", "20000", "--rtfx", "2000", "--tar-mb", "500"]) == 0
     assert "pack them" not in capsys.readouterr().out
     assert main(["--hours", "0", "--rtfx", "1"]) == 2
+
+
+def test_what_no_run_can_be_of_is_refused_and_the_smallest_is_forecast(capsys):
+    assert main(["--hours", "0.001", "--rtfx", "2000"]) == 0
+    assert "1 items in 1 files" in capsys.readouterr().out
+    wrong = [("--feature-actors", "-2"), ("--losses-per-hour", "-1"), ("--start-s", "-5"), ("--gpu-hour-price", "nan"),
+             ("--hours", "inf"), ("--seed", "-1")]  # fmt: skip
+    for option, value in wrong:
+        assert main(["--hours", "10", "--rtfx", "10", option, value]) == 2
+        assert f"{option} {value}" in capsys.readouterr().err

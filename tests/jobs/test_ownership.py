@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from jobs.inputs.plan_rows import plan_batch
 from jobs.planning.generations import list_generations
 from jobs.planning.shards import PlanOptions, plan_shards
-from jobs.planning.store import write_plan
+from jobs.planning.store import shard_name, write_plan
 from jobs.storage.files import Storage
 from jobs.table.ownership import JOB_FILE, JobIdentity, claim_output
+from jobs.table.parts import find_committed, part_name
 from jobs.table.shard_names import pack_shards, unpack_shards
 from parakeet_core.errors import ConfigError
 
@@ -64,3 +65,15 @@ def test_of_drivers_that_begin_at_once_one_goes_on(storage, differing):
 def test_packed_shards_are_the_shards(shards):
     names = {f"{generation:04d}-{number:06d}-{plan}" for generation, number, plan in shards}
     assert unpack_shards(pack_shards(names)) == names
+
+
+def test_the_millionth_shard_and_the_ten_thousandth_generation_are_found(tmp_path):
+    output = Storage(str(tmp_path))
+    shards = {shard_name(0, number, "1f2e3d4c") for number in range(999_998, 1_000_003)}
+    shards.add(shard_name(10_000, 0, "1f2e3d4c"))
+    for shard in shards:
+        output.write_atomic(part_name(shard, "ab"), b"")
+    assert find_committed(output, "ab", shards).shards == shards
+    packed = pack_shards(shards)
+    assert packed["0000-1f2e3d4c"] == "999998-1000002"
+    assert unpack_shards(packed) == shards

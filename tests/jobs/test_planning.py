@@ -232,13 +232,15 @@ def test_a_missing_generation_and_a_foreign_file_are_refused(tmp_path):
         list_generations(storage)
 
 
-def test_many_plan_files_and_buckets_hold_every_row(tmp_path, monkeypatch):
-    monkeypatch.setattr("jobs.planning.store.BUCKET_ROWS", 70)
+@pytest.mark.parametrize("limit", [("BUCKET_ROWS", 70), ("BUCKET_BYTES", 4000)])
+def test_many_plan_files_and_buckets_hold_every_row(tmp_path, monkeypatch, limit):
+    monkeypatch.setattr(f"jobs.planning.store.{limit[0]}", limit[1])
     monkeypatch.setattr("jobs.planning.store.SHARDS_PER_FILE", 16)
     storage = Storage(str(tmp_path))
     rows = known_rows(300)
     with plan_shards(batches_of(rows, 77), PlanOptions(shard_audio_s=1, shard_items=2)) as plan:
         generation = write_plan(storage, plan)
+        assert len(list(Path(plan.spill.name).glob("buckets-*"))) > 2
     assert len(generation.files) > 5
     stored = [
         pq.read_table(pa.BufferReader(stored_files(storage)[name]))["id"].to_pylist() for name in generation.files

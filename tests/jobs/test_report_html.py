@@ -1,9 +1,11 @@
 """OUTPUT/report.html against real parts: the page is parsed, and its numbers are computed here a second time."""
 
+import random
 import re
 import shutil
 import statistics
 import subprocess
+import tracemalloc
 from itertools import pairwise
 
 import numpy as np
@@ -13,7 +15,7 @@ import pytest
 from report_samples import ERROR_MESSAGE, Page, error_row, ok_row, plausible_rows, receipt_of, write_parts
 
 from jobs.report.page import write_report
-from jobs.report.stats import MAX_PARTS, TEXT_SHOWN, committed_over_time
+from jobs.report.stats import MAX_PARTS, TEXT_SHOWN, committed_over_time, read_part
 from jobs.storage.files import Storage
 from parakeet_core.errors import ErrorKind
 
@@ -197,6 +199,16 @@ def test_everything_empty(folder):
     assert "No item has a text." in page.words
 
 
+def test_a_run_that_was_stopped_adds_up_with_what_is_left(folder):
+    rows = write_parts(folder, plausible_rows(40))
+    page = report(folder, rows, complete=False, items_in=100, items_pending=60)
+    assert re.search(r"100 items in = \d+ ok \+ \d+ empty \+ \d+ errors \+ 60 not yet", page.words)
+    assert "does not add up" not in page.words
+    assert "the receipt says" not in page.words
+    assert "not yet 60" in page.words
+    assert "not yet 60.0%" in page.words
+
+
 @pytest.mark.parametrize(
     "values", [{}, {"confidence": 1.0}, {"confidence": 0.0, "chars_per_s": 0.0}, {"duration_s": 90_000.0}]
 )
@@ -237,6 +249,22 @@ def test_a_big_table_is_sampled_and_the_page_says_so(folder):
     page = report(folder, write_parts(folder, *parts))
     assert f"of {MAX_PARTS} of {MAX_PARTS + 50} parts, evenly spaced" in page.words
     assert sum(int(count) for _, count in page.tables["Duration of items, seconds"]) == MAX_PARTS
+
+
+def test_a_large_file_is_read_row_group_by_row_group(folder):
+    rows = [ok_row(n, text=random.Random(n).randbytes(1000).hex()) for n in range(2_000)]
+    write_parts(folder, rows)
+    name = folder.list_names("transcripts")[0]
+    path = folder.path(f"transcripts/{name}")
+    pq.write_table(pq.read_table(path).drop_columns(["words"]), path, row_group_size=100)
+    tracemalloc.start()
+    try:
+        stats = read_part(folder, name)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert stats.rows == len(rows)
+    assert peak < folder.size(f"transcripts/{name}") / 2
 
 
 @pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda data: b"", lambda data: b"PAR1" * 100])

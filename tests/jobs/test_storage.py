@@ -7,9 +7,11 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from fault_proxy import DENIED, FaultProxy
 from job_samples import audio_bytes
 
 from jobs.inputs.listing import list_files, resolve_input
@@ -40,6 +42,31 @@ def test_what_is_written_is_read_named_and_listed(storage):
     storage.delete("a/x.bin")
     storage.delete("a/x.bin")
     assert storage.list_names("a") == []
+
+
+def test_what_is_deleted_together_is_gone_and_nothing_else(storage):
+    odd = Storage(f"{storage.url}/run[12]*?", storage.options)
+    like = Storage(f"{storage.url}/run1xy", storage.options)
+    names = [f"t/{number}" for number in range(5)]
+    for name in names:
+        odd.write_atomic(name, b"1")
+        like.write_atomic(name, b"1")
+    odd.delete_all([*names[:4], "t/none"])
+    assert (odd.list_names("t"), like.list_names("t")) == (["4"], [str(number) for number in range(5)])
+    odd.delete_all([])
+
+
+def test_a_refusal_to_delete_is_told(s3_server):
+    with FaultProxy(s3_server.endpoint_url) as proxy:
+        options = replace(s3_server.options, endpoint_url=proxy.endpoint_url, patience_s=0)
+        storage = Storage(f"s3://{s3_server.bucket()}/out", options)
+        for name in ("a", "b"):
+            storage.write_atomic(name, b"1")
+        proxy.plan = lambda request: DENIED if request.is_delete else None
+        for delete in (lambda: storage.delete_all(["a", "b"]), lambda: storage.delete("a")):
+            with pytest.raises(InputError) as caught:
+                delete()
+            assert (caught.value.kind, storage.list_names()) == (ErrorKind.FORBIDDEN, ["a", "b"])
 
 
 def test_a_file_object_is_written_whole(storage, tmp_path):

@@ -16,7 +16,7 @@ from jobs.storage.connections import DEFAULT_OPTIONS
 from jobs.storage.files import Storage
 from jobs.table.parts import find_committed
 from jobs.transcribe import run
-from jobs.verify import choose_samples, verify_table
+from jobs.verify import choose_samples, summarise, verify_table
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -87,3 +87,12 @@ def test_samples_are_spread_over_the_audio():
     assert samples == choose_samples(shards, files, 40)
     assert choose_samples(shards, {}, 40) == []
     assert [sample.items for sample in choose_samples(shards, files, 10_000)] == [9] * 80
+
+
+def test_words_that_float32_does_not_hear_are_errors():
+    pairs = [("a", "one two", "one two"), ("b", "thank you", ""), ("c", "", ""), ("d", "x", None)]
+    found = summarise(pairs, 4)
+    assert (found.items, found.mismatches, found.differing, found.failed) == (3, 1, ("b",), 1)
+    assert found.wer == 1.0  # two words too many, of two
+    assert summarise(pairs[1:], 3).wer is None
+    assert summarise([], 0).describe() == "no item could be compared"
