@@ -35,6 +35,8 @@ SHARD_S = 0.015  # of Ray's scheduling, for one block through the pipeline
 TABLE_BYTES_PER_S = 107  # of parts for each second of speech: 2.6 words a second with times and confidences
 READS_PER_FILE = 2  # of one that is opened for a piece of it: its size, and the piece
 COMPACTED_BYTES = 256 << 20  # of a file, once parts are merged
+PRICES = {"gpu_hour_price", "cpu_hour_price", "price_per_1000_gets", "price_per_1000_puts"}
+MAY_BE_0 = PRICES | {"losses_per_hour", "start_s", "seed"}  # all other options are above it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,10 +77,13 @@ class ForecastConfig:
     """Of the losses."""
 
     def __post_init__(self):
-        for name in ("hours", "item_s", "bytes_per_s", "tar_mb", "shard_audio_s", "gpus", "rtfx", "feature_rtfx"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ConfigError(f"--{name.replace('_', '-')} {value}: expected more than 0")
+        for name, value in vars(self).items():
+            if value is None or (math.isfinite(value) and (value > 0 or (value == 0 and name in MAY_BE_0))):
+                continue
+            expected = "0 or more" if name in MAY_BE_0 else "more than 0"
+            raise ConfigError(f"--{name.replace('_', '-')} {value}: expected a finite number, {expected}")
+        if not round(self.audio_s / self.item_s):
+            raise ConfigError(f"--hours {self.hours:g}: less than one item of {self.item_s:g} s (--item-s)")
 
     @property
     def audio_s(self) -> float:

@@ -126,3 +126,19 @@ def test_the_command_says_what_a_large_run_takes(capsys):
     assert main(["--hours", "20000", "--rtfx", "2000", "--tar-mb", "500"]) == 0
     assert "pack them" not in capsys.readouterr().out
     assert main(["--hours", "0", "--rtfx", "1"]) == 2
+
+
+@pytest.mark.parametrize(
+    "option",
+    ["hours=inf", "hours=nan", "hours=1e-4", "rtfx=inf", "rtfx=0", "item-s=inf", "feature-actors=-1", "seed=-1"]
+    + ["feature-actors=0", "losses-per-hour=-1", "losses-per-hour=nan", "start-s=-5", "start-s=inf"]
+    + ["gpu-hour-price=-1"],
+)
+def test_what_no_run_can_be_is_refused_in_a_line(option, capsys):
+    name, _, value = option.partition("=")
+    options = {"hours": "1", "rtfx": "1000", name: value}
+    assert main([f"--{name}={value}" for name, value in options.items()]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith(f"error: --{name} ")
+    assert printed.err.count("\n") == 1
