@@ -2,6 +2,7 @@
 
 import os
 import pickle
+from dataclasses import replace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -47,6 +48,18 @@ def test_an_output_that_the_next_run_would_read_as_input(clips, input_, output):
 )
 def test_outputs_beside_the_input(clips, input_, output):
     assert prepare(job_config(clips.parent / input_, clips.parent / output)).shards.num_rows == 1
+
+
+@pytest.mark.parametrize(
+    ("option", "url"),
+    [("input", "s3://"), ("input", "https://"), ("output", "s3:///"), ("output", "file://"), ("model", "s3://")],
+)
+def test_a_url_that_names_nothing(clips, option, url):
+    """As a shell makes it of s3://$BUCKET with no BUCKET."""
+    config = replace(job_config(clips, clips.parent / "out"), **{option: url})
+    with pytest.raises(ConfigError, match=f"{url} names no bucket and no folder"):
+        prepare(config)
+    assert sorted(os.listdir(clips.parent)) == ["clips", "lists"]
 
 
 @pytest.mark.parametrize("endpoint", ["localhost:9000", "minio", "ftp://host", "http://"])
