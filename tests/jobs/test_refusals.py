@@ -68,6 +68,12 @@ def test_an_endpoint_that_is_no_url(endpoint):
         job_config("in", "out", s3_endpoint_url=endpoint)
 
 
+@pytest.mark.parametrize("name", ["", "CPU", "memory", "object_store_memory"])
+def test_resources_that_ray_takes_by_options_of_their_own(name):
+    with pytest.raises(ConfigError, match="expected the name of a custom resource"):
+        job_config("in", "out", model_resource=name)
+
+
 def test_options_of_storage_are_checked_by_each_command():
     with pytest.raises(ConfigError, match="user or password") as refused:
         CompactConfig(output="out", s3_endpoint_url="user:secret@host")
