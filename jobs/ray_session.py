@@ -43,7 +43,7 @@ def ray_session(address: str | None) -> Iterator[dict[str, float]]:
     """
     started = not ray.is_initialized()
     if started:
-        address = address or os.environ.get(RAY_ADDRESS) or LOCAL
+        address = _asked(address)
         _find_head(address)
         _start(address)
     quiet_ray_data()
@@ -52,6 +52,15 @@ def ray_session(address: str | None) -> Iterator[dict[str, float]]:
     finally:
         if started:
             ray.shutdown()
+
+
+def starts_alone(address: str | None) -> bool:
+    """Whether `ray_session` will start a cluster of its own, which no node comes to."""
+    return not ray.is_initialized() and _asked(address) == LOCAL
+
+
+def _asked(address: str | None) -> str:
+    return address or os.environ.get(RAY_ADDRESS) or LOCAL
 
 
 def alive_nodes() -> list[dict[str, float]]:
