@@ -16,6 +16,8 @@ from jobs.storage.connections import StorageOptions
 from jobs.storage.retrying import PATIENCE_S
 from parakeet_core.errors import ConfigError
 
+RAYS_OWN = frozenset({"", "CPU", "memory", "object_store_memory"})  # Ray refuses them among custom resources
+
 PoolSize = tuple[int, int]  # fewest and most actors
 
 
@@ -163,6 +165,8 @@ class TranscribeConfig(InputConfig):
         super().__post_init__()
         if not 0 <= self.max_error_rate <= 1:
             raise ConfigError(f"--max-error-rate {self.max_error_rate}: expected a share from 0 to 1")
+        if self.model_resource in RAYS_OWN:
+            raise ConfigError(f"--model-resource {self.model_resource}: expected the name of a custom resource of Ray")
         if self.verify < 0:
             raise ConfigError(f"--verify {self.verify}: expected a number of items")
         for name in ("feature_actors", "model_actors"):

@@ -35,9 +35,8 @@ SHARD_S = 0.015  # of Ray's scheduling, for one block through the pipeline
 TABLE_BYTES_PER_S = 107  # of parts for each second of speech: 2.6 words a second with times and confidences
 READS_PER_FILE = 2  # of one that is opened for a piece of it: its size, and the piece
 COMPACTED_BYTES = 256 << 20  # of a file, once parts are merged
-AMOUNTS = ("hours", "item_s", "bytes_per_s", "tar_mb", "shard_audio_s", "gpus", "rtfx", "feature_actors",
-           "feature_rtfx")  # fmt: skip
-PRICES = ("gpu_hour_price", "cpu_hour_price", "price_per_1000_gets", "price_per_1000_puts")
+PRICES = {"gpu_hour_price", "cpu_hour_price", "price_per_1000_gets", "price_per_1000_puts"}
+MAY_BE_0 = PRICES | {"losses_per_hour", "start_s", "seed"}  # all other options are above it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,14 +77,13 @@ class ForecastConfig:
     """Of the losses."""
 
     def __post_init__(self):
-        for name in AMOUNTS:
-            value = getattr(self, name)
-            if value is not None and not (value > 0 and math.isfinite(value)):
-                raise ConfigError(f"--{name.replace('_', '-')} {value}: expected a finite number above 0")
-        for name in ("losses_per_hour", "start_s", "seed", *PRICES):
-            value = getattr(self, name)
-            if not (value >= 0 and math.isfinite(value)):
-                raise ConfigError(f"--{name.replace('_', '-')} {value}: expected a finite number, 0 or more")
+        for name, value in vars(self).items():
+            if value is None or (math.isfinite(value) and (value > 0 or (value == 0 and name in MAY_BE_0))):
+                continue
+            expected = "0 or more" if name in MAY_BE_0 else "more than 0"
+            raise ConfigError(f"--{name.replace('_', '-')} {value}: expected a finite number, {expected}")
+        if not round(self.audio_s / self.item_s):
+            raise ConfigError(f"--hours {self.hours:g}: less than one item of {self.item_s:g} s (--item-s)")
 
     @property
     def audio_s(self) -> float:
@@ -127,7 +125,7 @@ class PlanForecast:
 
 def forecast_plan(config: ForecastConfig) -> PlanForecast:
     """Cut items of one length by the rules of `jobs.planning.shards`."""
-    items = max(1, round(config.audio_s / config.item_s))
+    items = round(config.audio_s / config.item_s)
     per_file = 1 if config.tar_mb is None else max(1, round(config.tar_mb * 1e6 / config.bytes_per_s / config.item_s))
     files = math.ceil(items / per_file)
     limit_s = config.shard_audio_s or float(np.clip(items * config.item_s / AUTO_SHARDS, AUTO_MIN_S, AUTO_MAX_S))

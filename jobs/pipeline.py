@@ -88,6 +88,7 @@ def plan_resources(
     shards: int,
     shard_audio_s: float,
     weight_bytes: int,
+    grows: bool = True,
 ) -> Resources:
     """Pools that fit the cluster as it is now; stated pool sizes are taken as they are, for clusters that grow.
 
@@ -97,14 +98,20 @@ def plan_resources(
         shard_audio_s: of the longest.
         shards: to do; more actors than shards would be idle.
         weight_bytes: of the model in the dtype it runs in.
+        grows: whether nodes may come to the cluster.
 
     Raises:
         ConfigError: the smallest pools do not fit the cluster's memory, or the cluster has none of what model actors
-            run on while no size of their pool says that it will grow.
+            run on while no size of their pool says that it will grow, or it cannot grow.
     """
     cpus = max(int(cluster.get("CPU", 1)), 1)
     slot = config.model_resource or (GPU if device == "cuda" else None)  # what places for model actors are counted in
     slots = int(cluster.get(slot, 0)) if slot else cpus
+    if not slots and not grows:
+        raise ConfigError(
+            f"--device {device}, but the cluster that was started on this machine has no {slot}, and no node comes to "
+            "it; name the cluster to join with --ray-address"
+        )
     if not slots and config.model_actors is None:
         raise ConfigError(
             f"--device {device}, but the cluster has no {slot} now; if it is to add such nodes, say how many: "

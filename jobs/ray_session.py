@@ -10,7 +10,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import ray
 import ray.data
@@ -21,6 +21,10 @@ from parakeet_core.errors import ConfigError, WorkerError
 RAY_ADDRESS = "RAY_ADDRESS"  # set by `ray job submit` for the job's entry point
 HEAD_PATIENCE_S = 15.0  # for the port of a cluster's head to open; a head that is starting takes 7 to 14 s
 CONNECT_S = 5.0  # for one try
+LOCAL = "local"  # Ray's word for a cluster of this process's own
+# Ray's own tries to reach a head: 20 of 35 s, in silence. One is enough for what listens but is no head, as the port of
+# the dashboard, and for the head that "auto" remembers and that is gone.
+JOIN_TRIES = "RAY_gcs_server_port_wait_time_s", "1"
 _RAISED = re.compile(r"^[A-Za-z_][\w.]*: .+$", re.MULTILINE)  # the line of a traceback that names the exception
 
 
@@ -39,7 +43,7 @@ def ray_session(address: str | None) -> Iterator[dict[str, float]]:
     """
     started = not ray.is_initialized()
     if started:
-        address = address or os.environ.get(RAY_ADDRESS) or "local"
+        address = _asked(address)
         _find_head(address)
         _start(address)
     quiet_ray_data()
@@ -48,6 +52,15 @@ def ray_session(address: str | None) -> Iterator[dict[str, float]]:
     finally:
         if started:
             ray.shutdown()
+
+
+def starts_alone(address: str | None) -> bool:
+    """Whether `ray_session` will start a cluster of its own, which no node comes to."""
+    return not ray.is_initialized() and _asked(address) == LOCAL
+
+
+def _asked(address: str | None) -> str:
+    return address or os.environ.get(RAY_ADDRESS) or LOCAL
 
 
 def alive_nodes() -> list[dict[str, float]]:
@@ -94,16 +107,16 @@ def _start(address: str) -> None:
     """
     # Ray's C++ core writes advice to the driver's stderr; errors that matter come back as exceptions.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    local = {"include_dashboard": False} if address == "local" else {}
+    local = {"include_dashboard": False} if address == LOCAL else {}
     try:
         # Silent, because it would say that it has read the variable above; with its own handler of SIGTERM taken out
         # again, because that one aborts the process in the middle of a call.
-        with _without_stderr(), _keeping_sigterm():
+        with _without_stderr(), _keeping_sigterm(), nullcontext() if local else _joining_once():
             ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, **local)
     except ValueError as error:
         raise ConfigError(f"Ray at {address!r} cannot be used: {_first_sentence(error)}") from error
     except Exception as error:
-        if address == "local":
+        if address == LOCAL:
             found, advice = "did not start on this machine", "it may be too busy, or short of memory, disk or processes"
         else:
             found, advice = f"at {address} was not joined", "check that the cluster runs and can be reached from here"
@@ -124,6 +137,19 @@ def _keeping_sigterm() -> Iterator[None]:
     finally:
         if threading.current_thread() is threading.main_thread():  # elsewhere Ray sets none, and none may be set
             signal.signal(signal.SIGTERM, handler)
+
+
+@contextmanager
+def _joining_once() -> Iterator[None]:
+    """Limit Ray's tries to reach a head. Not where one is started: there the variable says how long that may take."""
+    name, tries = JOIN_TRIES
+    stated = name in os.environ
+    os.environ.setdefault(name, tries)
+    try:
+        yield
+    finally:
+        if not stated:
+            del os.environ[name]
 
 
 @contextmanager

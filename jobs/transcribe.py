@@ -24,7 +24,7 @@ from jobs.plan import dry_run
 from jobs.planning.generations import list_generations
 from jobs.planning.item_digests import planned_items
 from jobs.preparation import Run, identify, prepare
-from jobs.ray_session import alive_nodes, note_local_output, ray_session, root_cause
+from jobs.ray_session import alive_nodes, note_local_output, ray_session, root_cause, starts_alone
 from jobs.report.page import write_report
 from jobs.report.progress import ProgressDisplay
 from jobs.report.receipt import EventLog, Receipt, add_to_receipt, summarise
@@ -56,10 +56,11 @@ def run(config: TranscribeConfig) -> Receipt:
     state = prepare(config)
     if state.identity is not None and not state.missing_shards().num_rows and not config.verify:
         return _nothing_to_do(state)
+    grows = not starts_alone(config.ray_address)
     with ray_session(config.ray_address) as cluster:
         _settle(state, cluster)
         todo = state.missing_shards()
-        receipt = _transcribe(state, todo, cluster) if todo.num_rows else _nothing_to_do(state)
+        receipt = _transcribe(state, todo, cluster, grows) if todo.num_rows else _nothing_to_do(state)
         return _verify(state, receipt) if config.verify else receipt
 
 
@@ -82,10 +83,10 @@ def _nothing_to_do(state: Run) -> Receipt:
     return _finish(state)
 
 
-def _transcribe(state: Run, todo: pa.Table, cluster: dict[str, float]) -> Receipt:
+def _transcribe(state: Run, todo: pa.Table, cluster: dict[str, float], grows: bool) -> Receipt:
     """Run the shards that are left, and account for them however the run ends."""
     note_local_output(state.output, len(alive_nodes()))
-    resources = _claim(state, todo, cluster)
+    resources = _claim(state, todo, cluster, grows)
     total_s = pc.sum(state.shards["audio_s"]).as_py()
     events = _begin(state, todo, resources, total_s)
     display = ProgressDisplay(total_s, state.before.audio_s + state.before.lost_s)
@@ -104,11 +105,11 @@ def _transcribe(state: Run, todo: pa.Table, cluster: dict[str, float]) -> Receip
     return _finish(state)
 
 
-def _claim(state: Run, todo: pa.Table, cluster: dict[str, float]) -> Resources:
+def _claim(state: Run, todo: pa.Table, cluster: dict[str, float], grows: bool) -> Resources:
     """Share the cluster among the actors, and mark the output as this job's."""
     longest_s = pc.max(todo["audio_s"]).as_py()
     weight_bytes = state.model.parameters * resolve_dtype(state.identity.dtype).itemsize
-    resources = plan_resources(state.config, state.device, cluster, todo.num_rows, longest_s, weight_bytes)
+    resources = plan_resources(state.config, state.device, cluster, todo.num_rows, longest_s, weight_bytes, grows)
     try:
         claim_output(state.output, state.identity, state.generations)  # only now: a refused run leaves no mark
         state.output.remove_dead_temporaries()

@@ -84,6 +84,8 @@ def choose_samples(shards: pa.Table, files: dict[str, frozenset[str]], items: in
     ends = list(accumulate(row["audio_s"] for row in rows))
     if not rows or not ends[-1]:
         return []
+    if all(row["items"] for row in rows):  # none is a tar: no more places are drawn than there are items
+        items = min(items, sum(row["items"] for row in rows))
     rng = random.Random(SEED)
     places = [(number + rng.random()) / items * ends[-1] for number in range(items)]
     wanted = Counter(min(bisect_right(ends, place), len(rows) - 1) for place in places)

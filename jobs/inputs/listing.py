@@ -30,10 +30,9 @@ def resolve_input(url: str, options: StorageOptions) -> tuple[Storage, str | Non
         the URL holds `*`, `?` or `[`; or the one file `name`.
 
     Raises:
-        ConfigError: the URL holds `*`, `?` or `[`, but is not a pattern.
+        ConfigError: the URL holds `*`, `?` or `[`, but is not a pattern; or it names no bucket.
         InputError: nothing is there, or the storage fails.
     """
-    url = url.rstrip("/") if len(url) > 1 else url
     storage = Storage(url, options)
     whole = storage.root
     # Only what was given: the working directory is not a pattern, though its name may hold a bracket.

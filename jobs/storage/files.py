@@ -12,6 +12,7 @@ from typing import IO
 from jobs.storage.connections import (
     DEFAULT_OPTIONS,
     S3_SCHEMES,
+    SCHEME,
     StorageOptions,
     connect,
     read_object,
@@ -24,7 +25,7 @@ from jobs.storage.connections import (
 )
 from jobs.storage.local_files import HIDDEN_PREFIX, check_regular, remove_dead_temporaries, write_local
 from jobs.storage.source_file import SourceFile
-from parakeet_core.errors import ErrorKind, InputError
+from parakeet_core.errors import ConfigError, ErrorKind, InputError
 
 READ_BLOCK_BYTES = 8 << 20  # of `Storage.open`; s3fs would read 50 MiB ahead
 SINGLE_PUT_LIMIT = 5 * 2**30 - 1  # S3 refuses a larger put_object; parts and plan files are a few hundred MiB at most
@@ -35,9 +36,14 @@ class Storage:
     """A folder on a local disk or a prefix of an object store, reached by names relative to it. Can be pickled.
 
     All methods raise `InputError` of kind MISSING_OBJECT, FORBIDDEN or STORAGE; `open` also BAD_RECORD.
+
+    Raises:
+        ConfigError: the URL has an unknown scheme, or names nothing behind it.
     """
 
     def __init__(self, url: str, options: StorageOptions = DEFAULT_OPTIONS):
+        if SCHEME.match(url) and not SCHEME.sub("", url).strip("/"):
+            raise ConfigError(f"{url} names no bucket and no folder; expected s3://bucket/folder or a path")
         self.url = url.rstrip("/") if len(url) > 1 else url
         self.options = options
         self.scheme = scheme_of(url)

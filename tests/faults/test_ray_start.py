@@ -46,3 +46,21 @@ def test_a_cluster_that_is_not_there_is_named_within_a_minute(tmp_path):
     assert "Traceback" not in printed
     assert f"no Ray cluster answers at {address}" in printed.splitlines()[-1]
     assert not (tmp_path / "out/transcripts").exists()
+
+
+def test_a_gpu_that_is_not_on_this_machine_is_not_waited_for(tmp_path):
+    pools = ("--device", "cuda", "--model-actors", "1")
+    status, printed = run_job(PROMPTS / "prompts.jsonl", tmp_path / "out", *pools)
+    assert status == 2, printed
+    assert "started on this machine has no GPU" in printed.splitlines()[-1]
+    assert not (tmp_path / "out/job.json").exists()
+
+
+@pytest.mark.slow  # Ray waits for 35 s
+def test_what_listens_and_is_no_head_is_named_within_a_minute(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        address = f"127.0.0.1:{other.getsockname()[1]}"
+        status, printed = run_job(PROMPTS / "prompts.jsonl", tmp_path / "out", "--ray-address", address)
+    assert status == 1, printed
+    assert "Traceback" not in printed
+    assert f"Ray at {address} was not joined" in printed.splitlines()[-1]

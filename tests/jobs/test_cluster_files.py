@@ -229,6 +229,18 @@ def test_kuberays_own_rules_hold(job):
         assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
 
 
+def test_the_heads_service_has_what_operator_and_user_reach(cluster):
+    """KubeRay's getServicePorts takes the container's ports as they are if there are any, and the operator looks for
+    the one named dashboard: without it a RayJob never learns how its job is (FetchHeadServiceURL)."""
+    (head,) = cluster["spec"]["headGroupSpec"]["template"]["spec"]["containers"]
+    ports = {port["name"]: port["containerPort"] for port in head["ports"]}
+    assert ports == {"gcs-server": 6379, "dashboard": 8265, "metrics": 8080}
+    assert f"kubectl port-forward service/parakeet-head-svc {ports['dashboard']}:{ports['dashboard']}" in README
+    for group in cluster["spec"]["workerGroupSpecs"]:
+        (worker,) = group["template"]["spec"]["containers"]
+        assert worker["ports"] == [{"name": "metrics", "containerPort": 8080}]
+
+
 def test_kubernetes_head_is_idle_and_only_gpu_pods_wait_for_spot_nodes(cluster):
     spec = cluster["spec"]
     assert spec["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"

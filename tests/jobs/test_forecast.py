@@ -128,11 +128,17 @@ def test_the_command_says_what_a_large_run_takes(capsys):
     assert main(["--hours", "0", "--rtfx", "1"]) == 2
 
 
-def test_what_no_run_can_be_of_is_refused_and_the_smallest_is_forecast(capsys):
-    assert main(["--hours", "0.001", "--rtfx", "2000"]) == 0
-    assert "1 items in 1 files" in capsys.readouterr().out
-    wrong = [("--feature-actors", "-2"), ("--losses-per-hour", "-1"), ("--start-s", "-5"), ("--gpu-hour-price", "nan"),
-             ("--hours", "inf"), ("--seed", "-1")]  # fmt: skip
-    for option, value in wrong:
-        assert main(["--hours", "10", "--rtfx", "10", option, value]) == 2
-        assert f"{option} {value}" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    "option",
+    ["hours=inf", "hours=nan", "hours=1e-4", "rtfx=inf", "rtfx=0", "item-s=inf", "feature-actors=-1", "seed=-1"]
+    + ["feature-actors=0", "losses-per-hour=-1", "losses-per-hour=nan", "start-s=-5", "start-s=inf"]
+    + ["gpu-hour-price=-1"],
+)
+def test_what_no_run_can_be_is_refused_in_a_line(option, capsys):
+    name, _, value = option.partition("=")
+    options = {"hours": "1", "rtfx": "1000", name: value}
+    assert main([f"--{name}={value}" for name, value in options.items()]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith(f"error: --{name} ")
+    assert printed.err.count("\n") == 1

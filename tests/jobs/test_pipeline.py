@@ -16,9 +16,9 @@ GIB = 2**30
 NODE = {"CPU": 16.0, "GPU": 2.0, "memory": 64.0 * GIB}
 
 
-def resources(device: str, cluster: dict, shards: int = 100, longest_s: float = 1800.0, **options):
+def resources(device: str, cluster: dict, shards: int = 100, longest_s: float = 1800.0, grows: bool = True, **options):
     config = job_config("in", "out", **{"model_actors": None} | options)
-    return plan_resources(config, device, cluster, shards, longest_s, weight_bytes=GIB)
+    return plan_resources(config, device, cluster, shards, longest_s, GIB, grows)
 
 
 def test_one_model_actor_per_gpu_and_a_cpu_left_beside_the_feature_actors():
@@ -70,6 +70,15 @@ def test_model_actors_that_have_a_place_start_at_once(device, cluster, options, 
 def test_what_does_not_fit_is_refused_instead_of_waiting_for_ever(device, cluster, message):
     with pytest.raises(ConfigError, match=message):
         resources(device, cluster)
+
+
+@pytest.mark.parametrize(("device", "options"), [("cuda", {}), ("cuda", {"model_resource": "slot"})])
+def test_a_cluster_to_which_no_node_comes_is_not_waited_for(device, options):
+    options = {**options, "model_actors": (1, 2)}
+    assert resources(device, {"CPU": 2.0}, **options).awaited
+    with pytest.raises(ConfigError, match="started on this machine has no (GPU|slot), .* --ray-address"):
+        resources(device, {"CPU": 2.0}, grows=False, **options)
+    assert resources("cpu", {"CPU": 2.0}, grows=False).awaited is None
 
 
 @pytest.mark.parametrize("options", [{}, {"feature_actors": (1, 2)}, {"shard_audio_s": 3600.0}])

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+from dataclasses import replace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -53,10 +54,28 @@ def test_outputs_beside_the_input(clips, input_, output):
     assert prepare(job_config(clips.parent / input_, clips.parent / output)).shards.num_rows == 1
 
 
+@pytest.mark.parametrize(
+    ("option", "url"),
+    [("input", "s3://"), ("input", "https://"), ("output", "s3:///"), ("output", "file://"), ("model", "s3://")],
+)
+def test_a_url_that_names_nothing(clips, option, url):
+    """As a shell makes it of s3://$BUCKET with no BUCKET."""
+    config = replace(job_config(clips, clips.parent / "out"), **{option: url})
+    with pytest.raises(ConfigError, match=f"{url} names no bucket and no folder"):
+        prepare(config)
+    assert sorted(os.listdir(clips.parent)) == ["clips", "lists"]
+
+
 @pytest.mark.parametrize("endpoint", ["localhost:9000", "minio", "ftp://host", "http://"])
 def test_an_endpoint_that_is_no_url(endpoint):
     with pytest.raises(ConfigError, match="expected a URL, as http://localhost:9000"):
         job_config("in", "out", s3_endpoint_url=endpoint)
+
+
+@pytest.mark.parametrize("name", ["", "CPU", "memory", "object_store_memory"])
+def test_resources_that_ray_takes_by_options_of_their_own(name):
+    with pytest.raises(ConfigError, match="expected the name of a custom resource"):
+        job_config("in", "out", model_resource=name)
 
 
 def test_options_of_storage_are_checked_by_each_command():

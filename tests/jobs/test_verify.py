@@ -87,6 +87,7 @@ def test_samples_are_spread_over_the_audio():
     assert samples == choose_samples(shards, files, 40)
     assert choose_samples(shards, {}, 40) == []
     assert [sample.items for sample in choose_samples(shards, files, 10_000)] == [9] * 80
+    assert [sample.items for sample in choose_samples(shards, files, 10**12)] == [9] * 80
 
 
 def test_words_that_float32_does_not_hear_are_errors():
