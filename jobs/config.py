@@ -148,7 +148,8 @@ class TranscribeConfig(InputConfig):
     """After the run, do so many sampled items again, each alone in float32, and say how many texts differ."""
     max_error_rate: float = 0.01
     """Share of items that may end as error rows before the job exits with 3. Of crawled audio about 1 % is bad; more is
-    rather a wrong path, format or credential, which somebody should look at."""
+    rather a wrong path, format or credential, which somebody should look at. A run stops early where of its first
+    thousand items, or later, more than half are errors, and more than this share."""
     feature_actors: PoolOption | None = None
     """CPU actors that read, decode and compute features; default from the cluster's CPUs."""
     features: Literal["cpu", "gpu"] = "cpu"

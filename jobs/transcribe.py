@@ -26,7 +26,7 @@ from jobs.planning.item_digests import planned_items
 from jobs.preparation import Run, identify, prepare
 from jobs.ray_session import alive_nodes, note_local_output, ray_session, root_cause, starts_alone
 from jobs.report.page import write_report
-from jobs.report.progress import ProgressDisplay
+from jobs.report.progress import ProgressDisplay, Tally
 from jobs.report.receipt import EventLog, Receipt, add_to_receipt, summarise
 from jobs.resume import find_undoubled
 from jobs.storage.connections import scrub
@@ -39,6 +39,7 @@ from jobs.worker_end import EVENTS_FOLDER
 from parakeet_core.checkpoint import INT8, resolve_dtype
 from parakeet_core.errors import ConfigError, InputError
 
+HOPELESS_ITEMS, HOPELESS_SHARE = 1_000, 0.5  # errors among so many items of a run: not the items' fault, but one cause
 RESUME_HINT = "run the same command again to resume; committed parts are kept and not computed again"
 
 
@@ -153,6 +154,20 @@ def _commit_shards(
             state.commit(result["shard"])
             metrics.update(facts, result, display.model_idle_share())
             events.add_shard(result)
+            _stop_if_hopeless(state.config.max_error_rate, display.tally)
+
+
+def _stop_if_hopeless(max_error_rate: float, tally: Tally) -> None:
+    """Raise JobStoppedError where most items of this run are errors: better after minutes than in the morning."""
+    share = tally.errors / max(tally.rows, 1)
+    if tally.rows < HOPELESS_ITEMS or share <= max(HOPELESS_SHARE, max_error_rate):
+        return
+    kind, count = max(tally.errors_by_kind.items(), key=lambda pair: pair[1])
+    raise JobStoppedError(
+        f"{tally.errors} of the first {tally.rows} items are errors, {count} of kind {kind} (the table's error_message "
+        "says why); mend the cause and run the same command again with --retry-errors, or with --max-error-rate 1 if "
+        "that is as it should be"
+    )
 
 
 @contextmanager

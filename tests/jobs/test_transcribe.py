@@ -16,6 +16,7 @@ from job_layouts import PROMPTS, TINY_EN, job_config, part_bytes, prompt_records
 from job_samples import SHARED_SPEECH, audio_bytes
 
 from jobs import transcribe
+from jobs.command_line import JobStoppedError
 from jobs.storage.files import Storage
 from jobs.table.schema import TRANSCRIPT_SCHEMA
 from jobs.transcribe import main, run
@@ -392,6 +393,17 @@ def test_errors_that_may_pass_are_retried_on_request(tmp_path):
     receipt = run(dataclasses.replace(config, retry_errors=True))
     assert (receipt.items_in, receipt.errors, receipt.shards_this_run) == (2, 0, 1)
     assert len(read_table(tmp_path / "out")) == 2
+
+
+def test_a_run_most_of_whose_items_are_errors_stops_early(tmp_path):
+    lines = [{"audio_filepath": f"{number}.wav", "duration": 2.0} for number in range(3000)]
+    (tmp_path / "items.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    config = job_config(tmp_path / "items.jsonl", tmp_path / "out")
+    with pytest.raises(JobStoppedError, match=r"of the first \d{4} items are errors, \d{4} of kind missing_object"):
+        run(config)
+    assert 1000 <= len(read_table(tmp_path / "out")) < 3000
+    receipt = run(dataclasses.replace(config, max_error_rate=1.0))
+    assert (receipt.items_in, receipt.errors, receipt.exit_code) == (3000, 3000, 0)
 
 
 def test_a_run_killed_before_its_receipt_is_accounted_for_by_the_next(layouts, tmp_path):
