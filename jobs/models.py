@@ -154,14 +154,16 @@ def _from_hub(name: str) -> Path:
             f"model {name}: no such path; to fetch it as a Hugging Face model id: pip install 'parakeet-batch[hub]'"
         ) from error
     try:
-        patterns = [f"*{ending}" for ending in CHECKPOINT_FILES]
-        folder = huggingface_hub.snapshot_download(name, allow_patterns=patterns)
+        for patterns in ([f"*{ending}" for ending in CHECKPOINT_FILES if ending != ".nemo"], ["*.nemo"]):
+            folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
+            if any(folder.glob("*.safetensors")):  # else an older repository: an archive of gigabytes, and nothing else
+                break
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise CheckpointError(
             f"model {name}: no such path, and the Hugging Face hub does not give it ({type(error).__name__}); "
             "check the id and the network, or download it once and give its path or URL"
         ) from error
-    return _nemo_or_folder(Path(folder))
+    return _nemo_or_folder(folder)
 
 
 def _nemo_or_folder(folder: Path) -> Path:

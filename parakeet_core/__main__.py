@@ -19,7 +19,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="one JSON object per line, with words and their times")
     options = parser.parse_args(arguments)
     try:
-        transcriber = Transcriber.load(options.model, options.device, options.dtype)
+        # Uncompiled: a few files are done before a compiler is.
+        transcriber = Transcriber.load(options.model, options.device, options.dtype, compiled=False)
     except ParakeetError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -52,16 +52,24 @@ class Transcriber:
         print(transcript.text)
     """
 
-    def __init__(self, checkpoint: Checkpoint):
+    def __init__(self, checkpoint: Checkpoint, compiled: bool | None = None):
         self.checkpoint = checkpoint
-        self.engine = Engine(checkpoint)
+        self.engine = Engine(checkpoint, compiled=compiled)
 
     @classmethod
     def load(
-        cls, path: str | Path, device: str | torch.device = "cpu", dtype: str | torch.dtype = "float32"
+        cls,
+        path: str | Path,
+        device: str | torch.device = "cpu",
+        dtype: str | torch.dtype = "float32",
+        compiled: bool | None = None,
     ) -> "Transcriber":
-        """Load a checkpoint directory or .nemo file; see `load_checkpoint`. Raises CheckpointError."""
-        return cls(load_checkpoint(path, dtype=dtype, device=device))
+        """Load a checkpoint directory or .nemo file; see `load_checkpoint`. Raises CheckpointError.
+
+        Args:
+            compiled: see `Engine`. On CUDA it is the default, which takes a minute in the first process of a node.
+        """
+        return cls(load_checkpoint(path, dtype=dtype, device=device), compiled)
 
     def transcribe(self, items: Iterable[AudioItem], batch_audio_s: float | None = None) -> list[Transcript]:
         """Transcripts of `items`, in their order.
