@@ -142,8 +142,8 @@ class TranscribeConfig(InputConfig):
     new_version: bool = False
     """If the output belongs to another model or dtype, write into OUTPUT/versions/<fingerprint>/ beside its table."""
     retry_errors: bool = False
-    """Compute again the shards that hold errors which may pass: missing or forbidden objects, failing storage, decoders
-    that crashed or met their limits."""
+    """Compute again the shards that hold errors whose cause may be gone: missing or forbidden objects, failing storage,
+    decoders that were not installed, crashed or met their limits, items too large for the device, unexpected errors."""
     verify: int = 0
     """After the run, do so many sampled items again, each alone in float32, and say how many texts differ."""
     max_error_rate: float = 0.01

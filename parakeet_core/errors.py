@@ -33,16 +33,21 @@ class ErrorKind(StrEnum):
     )
     MISSING_OBJECT = "missing_object"  # the listing or manifest names it, the storage does not have it
     FORBIDDEN = "forbidden"  # the storage refuses to give it
-    STORAGE = "storage"  # the storage failed after all retries
+    STORAGE = "storage"  # the storage failed after all retries, or the package that reaches it is not installed
     DECODER_CRASH = "decoder_crash"  # decoding crashed, hung or took more memory than the limit, in a new process
     OUT_OF_MEMORY = "out_of_memory"  # the item alone does not fit the device
     UNEXPECTED = "unexpected"  # a defect of this program that the item met; the message names it
 
 
-# DECODER_CRASH is among them because a machine that stands still or is full can meet the limits of time and memory with
-# a good item, and because another version of the decoder may not crash. A retry costs the limit, and one shard.
+# Whose cause lies outside the item, in storage or environment, so that an operator can mend it. DECODER_MISSING:
+# install it. DECODER_CRASH: a machine that stands still or is full can meet the limits of time and memory with a good
+# item, and another version of the decoder may not crash. UNEXPECTED: a host without memory, or a defect that a later
+# version has not. TOO_LONG is not among them: its limits are constants. A retry costs one shard.
 RETRYABLE_KINDS = frozenset(
-    {ErrorKind.MISSING_OBJECT, ErrorKind.FORBIDDEN, ErrorKind.STORAGE, ErrorKind.DECODER_CRASH, ErrorKind.OUT_OF_MEMORY}
+    {
+        *(ErrorKind.MISSING_OBJECT, ErrorKind.FORBIDDEN, ErrorKind.STORAGE),
+        *(ErrorKind.DECODER_MISSING, ErrorKind.DECODER_CRASH, ErrorKind.OUT_OF_MEMORY, ErrorKind.UNEXPECTED),
+    }
 )
 
 

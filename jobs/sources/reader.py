@@ -92,7 +92,7 @@ def _item_errors(source: str) -> Iterator[None]:
     try:
         yield
     except ConfigError as error:  # a scheme without its package: on this machine the item cannot be had
-        raise InputError(ErrorKind.BAD_RECORD, str(error)) from error
+        raise InputError(ErrorKind.STORAGE, str(error)) from error
     except ValueError as error:  # s3fs, for a URL that names a bucket and no object
         message = (
             f"{scrub(source)[:200]!r} does not name an object ({scrub(str(error))[:200]}); expected s3://bucket/key"

@@ -3,6 +3,7 @@
 import json
 import threading
 
+import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,9 +12,11 @@ from jobs.inputs.plan_rows import plan_batch
 from jobs.planning.generations import list_generations
 from jobs.planning.shards import PlanOptions, plan_shards
 from jobs.planning.store import shard_name, write_plan
+from jobs.resume import account_earlier
 from jobs.storage.files import Storage
 from jobs.table.ownership import JOB_FILE, JobIdentity, claim_output
-from jobs.table.parts import find_committed, part_name
+from jobs.table.parts import commit_part, find_committed, part_name
+from jobs.table.schema import TRANSCRIPT_SCHEMA, file_metadata, part_facts
 from jobs.table.shard_names import pack_shards, unpack_shards
 from parakeet_core.errors import ConfigError
 
@@ -77,3 +80,23 @@ def test_the_millionth_shard_and_the_ten_thousandth_generation_are_found(tmp_pat
     packed = pack_shards(shards)
     assert packed["0000-1f2e3d4c"] == "999998-1000002"
     assert unpack_shards(packed) == shards
+
+
+@pytest.mark.parametrize(
+    ("kind", "again"),
+    [
+        ("decoder_missing", True),  # mended by pip install
+        ("unexpected", True),  # the MemoryError of a full host, or a defect that a later version has not
+        ("decoder_crash", True),
+        ("storage", True),
+        ("not_audio", False),
+        ("too_long", False),  # no option moves its limits
+    ],
+)
+def test_errors_whose_cause_lies_outside_the_item_are_done_again_on_request(kind, again, tmp_path):
+    output, shard = Storage(str(tmp_path)), "0000-000000-abcd1234"
+    row = {"id": "a", "source": "/a.m4a", "status": "error", "error_kind": kind, "error_message": "found x"}
+    table = pa.Table.from_pylist([row], schema=TRANSCRIPT_SCHEMA)
+    commit_part(output, part_name(shard, "f" * 10), table, file_metadata({}, part_facts(table), {"shard": shard}))
+    assert account_earlier(output, "f" * 10, {shard}, retry_errors=False).shards == {shard}
+    assert account_earlier(output, "f" * 10, {shard}, retry_errors=True).shards == (set() if again else {shard})
