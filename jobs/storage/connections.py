@@ -1,6 +1,6 @@
 """Reaching a local disk or an object store: options, filesystems, retries, and one boundary for their errors.
 
-Knows nothing of what is read or written, of plans or of Ray. Exceptions of fsspec, botocore and aiohttp become
+Knows nothing of what is read or written, of plans or of Ray. Exceptions of fsspec and of the stores' packages become
 `InputError` here and nowhere else; no message from here holds a credential.
 """
 
@@ -18,7 +18,7 @@ import fsspec
 from botocore.exceptions import ClientError, NoCredentialsError, PartialCredentialsError
 
 from jobs.storage.redaction import redact_text
-from jobs.storage.retrying import PATIENCE_S, STORAGE_ERRORS, retry_budget
+from jobs.storage.retrying import PATIENCE_S, http_status, is_storage_error, retry_budget
 from parakeet_core.errors import ConfigError, ErrorKind, InputError
 
 S3_SCHEMES = frozenset({"s3", "s3a"})
@@ -33,8 +33,9 @@ DELETED_AT_ONCE = 1000  # objects, the most that S3 removes by one request
 MAX_POOL_CONNECTIONS = 64  # botocore's default of 10 would queue the read-ahead threads of one worker behind each other
 
 _SECRET_VARIABLES = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_ACCESS_KEY_ID")
+_MISSING_CODES = frozenset({"NoSuchKey", "NoSuchBucket", "404", "410"})
 _NO_ACCESS_CODES = frozenset(
-    {"AccessDenied", "403", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken"}
+    {"AccessDenied", "401", "403", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken"}
 )
 
 
@@ -133,11 +134,8 @@ def scrub(text: str, options: StorageOptions | None = None) -> str:
 
 def to_input_error(error: BaseException, what: str, options: StorageOptions | None = None) -> InputError:
     """The `InputError` for an exception of the storage layer; its message names `what` and holds no credential."""
-    code = ""
-    for cause in (error, error.__cause__):  # s3fs keeps botocore's answer as the cause
-        if isinstance(cause, ClientError):
-            code = str(cause.response.get("Error", {}).get("Code", ""))
-    if isinstance(error, FileNotFoundError | NotADirectoryError) or code in ("NoSuchKey", "NoSuchBucket", "404"):
+    code = _error_code(error)
+    if isinstance(error, FileNotFoundError | NotADirectoryError) or code in _MISSING_CODES:
         return InputError(ErrorKind.MISSING_OBJECT, f"{scrub(what, options)}: the storage has no such object")
     denied = isinstance(error, PermissionError | NoCredentialsError | PartialCredentialsError)
     if denied or code in _NO_ACCESS_CODES:
@@ -152,12 +150,22 @@ def to_input_error(error: BaseException, what: str, options: StorageOptions | No
     return InputError(ErrorKind.STORAGE, f"{scrub(what, options)}: the storage failed after retries ({detail})")
 
 
+def _error_code(error: BaseException) -> str:
+    """S3's code, or the HTTP status of another store's answer; else nothing."""
+    for cause in (error, error.__cause__):  # s3fs keeps botocore's answer as the cause
+        if isinstance(cause, ClientError):
+            return str(cause.response.get("Error", {}).get("Code", ""))
+    return str(http_status(error) or "")
+
+
 @contextmanager
 def storage_errors(what: str, options: StorageOptions | None = None) -> Iterator[None]:
     """The one boundary where storage exceptions become `InputError`."""
     try:
         yield
-    except STORAGE_ERRORS as error:
+    except Exception as error:
+        if not is_storage_error(error):
+            raise
         raise to_input_error(error, what, options) from error
 
 

@@ -26,7 +26,7 @@ PAUSE_S = 1.0  # before the second try, at most; doubled each time, with full ji
 LONGEST_PAUSE_S = 20.0  # as in botocore's standard mode
 STORES = 4096  # whose state is kept; a manifest of http URLs may name any number of hosts
 
-# What fsspec, s3fs and gcsfs let through. OSError covers local files, FileNotFoundError, PermissionError, TimeoutError.
+# What fsspec and s3fs let through. OSError covers local files, FileNotFoundError, PermissionError, TimeoutError.
 STORAGE_ERRORS = (
     *(OSError, BotoCoreError, ClientError, ResponseParserError),
     *(aiohttp.ClientError, http.client.HTTPException),
@@ -38,7 +38,24 @@ _BROKEN_TRANSFERS = (
 )
 # Answers below 500 that S3 gives to an upload that stalled or was damaged on its way, and to two that meet.
 _PASSING_CODES = frozenset({"RequestTimeout", "XAmzContentSHA256Mismatch", "BadDigest", "ConditionalRequestConflict"})
+# What an answer's HTTP status is called, as a number or as text: by azure, by aiohttp, by gcsfs and urllib.
+_STATUS_NAMES = ("status_code", "status", "code")
+_STORE_PACKAGES = frozenset({"gcsfs", "google", "adlfs", "azure"})  # optional; some of their errors have no status
+_PASSING_STATUSES = frozenset({408, 429})
 _Result = TypeVar("_Result")
+
+
+def is_storage_error(error: Exception) -> bool:
+    """Whether an exception is a store's. Those of other stores than S3 derive from Exception alone."""
+    package = type(error).__module__.partition(".")[0]
+    answered = any(hasattr(error, name) for name in _STATUS_NAMES)
+    return isinstance(error, STORAGE_ERRORS) or answered or package in _STORE_PACKAGES
+
+
+def http_status(error: BaseException) -> int | None:
+    """The HTTP status that an exception carries, if it does."""
+    found = (str(getattr(error, name, "")) for name in _STATUS_NAMES)
+    return next((int(value) for value in found if value.isdecimal() and 100 <= int(value) < 600), None)
 
 
 def may_pass(error: BaseException) -> bool:
@@ -47,12 +64,17 @@ def may_pass(error: BaseException) -> bool:
     if answer is not None:  # s3fs raises an OSError of its own, with botocore's answer as the cause
         status = answer.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
         return status >= 500 or status == 429 or answer.response.get("Error", {}).get("Code") in _PASSING_CODES
-    if isinstance(error, urllib.error.HTTPError):
-        return error.code >= 500 or error.code == 429
+    status = http_status(error)
+    if status is not None:  # below 400 it is the body of a good answer that broke off
+        return status >= 500 or status in _PASSING_STATUSES or status < 400
     if isinstance(error, urllib.error.URLError):
         return isinstance(error.reason, BaseException) and may_pass(error.reason)
     if isinstance(error, socket.gaierror):
         return error.errno == socket.EAI_AGAIN
+    if getattr(error, "retryable", False) is True:  # google.auth says so itself
+        return True
+    if hasattr(error, "inner_exception") and not hasattr(error, "status_code"):  # azure had no answer
+        return True
     return isinstance(error, _BROKEN_TRANSFERS) and not isinstance(error, ValueError)  # ValueError: a malformed URL
 
 
@@ -74,7 +96,7 @@ class RetryBudget:
             tried_at = time.monotonic()
             try:
                 result = call()
-            except STORAGE_ERRORS as error:
+            except Exception as error:
                 if not may_pass(error):
                     self._failing_since = None  # the store is there, it says no
                     raise

@@ -10,11 +10,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+import fsspec
 import pytest
 from fault_proxy import DENIED, FaultProxy
+from fsspec.implementations.memory import MemoryFileSystem
 from job_samples import audio_bytes
 
 from jobs.inputs.listing import list_files, resolve_input
+from jobs.sources.reader import SourceReader
 from jobs.storage.connections import StorageOptions, scrub
 from jobs.storage.files import Storage
 from jobs.storage.local_files import HIDDEN_PREFIX
@@ -195,6 +198,93 @@ def test_unreachable_endpoint_is_storage():
     with pytest.raises(InputError) as caught:
         storage.read_bytes("y")
     assert caught.value.kind == ErrorKind.STORAGE
+
+
+class AnswerError(Exception):
+    """As of gcsfs: `code`, a number or text. As of azure: `status_code`."""
+
+    def __init__(self, **answer):
+        super().__init__("the server refuses https://host/x?sig=canary")
+        vars(self).update(answer)
+
+
+class NoAnswerError(Exception):
+    """As of azure, where the connection failed."""
+
+    __module__ = "azure.core.exceptions"
+    inner_exception = None
+
+
+class CheckError(Exception):
+    """As of gcsfs, where the content is not what its digest says."""
+
+    __module__ = "gcsfs.retry"
+
+
+class AnsweringFileSystem(MemoryFileSystem):
+    """Objects in memory; of those in `failing` the first requests raise what stands there."""
+
+    protocol = "answering"
+    store, pseudo_dirs, failing, requests = {}, [""], {}, []
+
+    def cat_file(self, path, **options):
+        self.requests.append(path)
+        if self.failing.get(path):
+            raise self.failing[path].pop(0)
+        return super().cat_file(path, **options)
+
+
+@pytest.fixture
+def answering():
+    fsspec.register_implementation("answering", AnsweringFileSystem, clobber=True)
+    AnsweringFileSystem.requests.clear()
+    AnsweringFileSystem.failing.clear()
+    return AnsweringFileSystem
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        AnswerError(code=503),
+        AnswerError(code="429"),
+        AnswerError(status_code=500),
+        AnswerError(status_code=206),  # the body broke off
+        NoAnswerError("cannot connect"),
+    ],
+)
+def test_what_may_pass_is_tried_again_whatever_the_store(answering, error):
+    storage = Storage("answering://bucket", StorageOptions(patience_s=30))
+    storage.write_atomic("x", b"there")
+    answering.failing["bucket/x"] = [error]
+    assert storage.read_bytes("x") == b"there"
+    assert len(answering.requests) == 2
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (AnswerError(code=404), ErrorKind.MISSING_OBJECT),
+        (AnswerError(status_code=404), ErrorKind.MISSING_OBJECT),
+        (AnswerError(code="403"), ErrorKind.FORBIDDEN),
+        (AnswerError(status_code=401), ErrorKind.FORBIDDEN),
+        (AnswerError(code=400), ErrorKind.STORAGE),
+        (AnswerError(code=None), ErrorKind.STORAGE),
+        (CheckError("digests differ"), ErrorKind.STORAGE),
+    ],
+)
+def test_what_stays_is_the_items_error_whatever_the_store(answering, error, kind):
+    answering.failing["bucket/x"] = [error]
+    with pytest.raises(InputError) as caught:
+        SourceReader(StorageOptions(patience_s=30)).fetch("answering://bucket/x")
+    assert caught.value.kind == kind
+    assert "canary" not in caught.value.message
+    assert len(answering.requests) == 1
+
+
+def test_a_defect_is_not_taken_for_the_stores(answering):
+    answering.failing["bucket/x"] = [KeyError("defect")]
+    with pytest.raises(KeyError):
+        SourceReader().fetch("answering://bucket/x")
 
 
 def test_endpoint_and_region_come_from_the_usual_variables():
