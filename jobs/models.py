@@ -15,7 +15,7 @@ from jobs.storage.files import Storage
 from jobs.storage.source_file import SourceFile
 from parakeet_core.checkpoint import Checkpoint, load_checkpoint, read_source
 from parakeet_core.config import ModelConfig
-from parakeet_core.errors import CheckpointError, InputError
+from parakeet_core.errors import CheckpointError, CredentialsError, InputError
 from parakeet_core.tokenizer import Tokenizer
 
 HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
@@ -75,8 +75,8 @@ def local_model(name: str, storage: StorageOptions) -> Path:
     if scheme_of(name) != "file":
         try:
             return _fetched(Storage(name, storage))
-        except InputError as error:
-            raise CheckpointError(f"model {name}: {error.message}") from error
+        except (InputError, CredentialsError) as error:
+            raise CheckpointError(f"model {name}: {error}") from error
         except OSError as error:
             raise CheckpointError(
                 f"model {name}: the cache {cache_folder()} cannot be written ({error.strerror}); set {CACHE_VARIABLE}"

@@ -32,7 +32,7 @@ from jobs.storage.files import Storage
 from jobs.table.ownership import JobIdentity, check_output, recorded_dtype, version_of
 from jobs.table.parts import TABLE_FOLDER
 from jobs.table.shard_names import pack_shards
-from parakeet_core.errors import ConfigError, InputError
+from parakeet_core.errors import ConfigError, CredentialsError, InputError
 
 RECEIPT_EVERY_S = 60.0  # what a killed driver has to look up again: the parts of a minute
 
@@ -169,8 +169,8 @@ def prepare(config: TranscribeConfig) -> Run:
         if identity is not None:
             state.account()
         return state
-    except InputError as error:
-        raise ConfigError(f"input or output cannot be used: {error.message}") from error
+    except (InputError, CredentialsError) as error:
+        raise ConfigError(f"input or output cannot be used: {error}") from error
 
 
 def identify(model: ModelReference, dtype: str) -> JobIdentity:

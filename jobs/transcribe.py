@@ -37,7 +37,7 @@ from jobs.table.schema import PartFacts
 from jobs.verify import verify_table
 from jobs.worker_end import EVENTS_FOLDER
 from parakeet_core.checkpoint import INT8, resolve_dtype
-from parakeet_core.errors import ConfigError, InputError
+from parakeet_core.errors import ConfigError, CredentialsError, InputError
 
 HOPELESS_ITEMS, HOPELESS_SHARE = 1_000, 0.5  # errors among so many items of a run: not the items' fault, but one cause
 RESUME_HINT = "run the same command again to resume; committed parts are kept and not computed again"
@@ -114,8 +114,8 @@ def _claim(state: Run, todo: pa.Table, cluster: dict[str, float], grows: bool) -
     try:
         claim_output(state.output, state.identity, state.generations)  # only now: a refused run leaves no mark
         state.output.remove_dead_temporaries()
-    except InputError as error:
-        raise ConfigError(f"the output cannot be used: {error.message}") from error
+    except (InputError, CredentialsError) as error:
+        raise ConfigError(f"the output cannot be used: {error}") from error
     return resources
 
 
@@ -184,7 +184,7 @@ def _stops_named(state: Run) -> Iterator[None]:
             f"memory, or a GPU that fails ({EVENTS_FOLDER}/worker-*.jsonl then say how; {root_cause(error)}); "
             f"{RESUME_HINT}"
         ) from error
-    except (ray.exceptions.RayError, InputError) as error:
+    except (ray.exceptions.RayError, InputError, CredentialsError) as error:
         raise JobStoppedError(f"{scrub(root_cause(error), state.output.options)}; {RESUME_HINT}") from error
     except ConfigError as error:  # parts of another driver, or merged ones, that came past all checks
         raise JobStoppedError(f"the table is not whole: {error}") from error
@@ -197,7 +197,7 @@ def _verify(state: Run, receipt: Receipt) -> Receipt:
         where = state.output, state.shards, files, state.sources
         found = verify_table(*where, state.model, state.device, state.config.verify)
         add_to_receipt(state.output, verification=asdict(found))
-    except (ray.exceptions.RayError, InputError) as error:
+    except (ray.exceptions.RayError, InputError, CredentialsError) as error:
         cause = scrub(root_cause(error), state.output.options)
         raise JobStoppedError(f"the table is there, but could not be verified: {cause}; {RESUME_HINT}") from error
     print(f"verify  {found.describe()}")
@@ -234,10 +234,10 @@ def _close_if_possible(state: Run, events: EventLog, page: bool) -> None:
     failed = sys.exc_info()[0] is not None
     try:
         _close(state, events, page)
-    except InputError as error:
+    except (InputError, CredentialsError) as error:
         if not failed:
             raise
-        print(f"note    receipt and report were not written: {error.message}", file=sys.stderr)
+        print(f"note    receipt and report were not written: {error}", file=sys.stderr)
 
 
 def _finish(state: Run) -> Receipt:

@@ -4,6 +4,7 @@
     ├── CheckpointError   the checkpoint cannot be used; stops a job before any work
     ├── ConfigError       an option or a combination of options cannot be used; stops a job before any work
     ├── WorkerError       this machine or process cannot go on; stops a job in the middle, a rerun resumes
+    │   └── CredentialsError   a store does not take the run's credentials, whatever the object
     └── InputError        one item cannot be transcribed; becomes that item's row, under its `kind`
 
 Third-party exceptions are mapped at one boundary each (`audio.py`, `checkpoint.py`, `tokenizer.py`), with `from`.
@@ -74,6 +75,10 @@ class ConfigError(ParakeetError):
 
 class WorkerError(ParakeetError):
     """This machine or process cannot work, whatever the item is."""
+
+
+class CredentialsError(WorkerError):
+    """A store takes none of this run's requests: the credentials are missing, wrong or have expired."""
 
 
 class InputError(ParakeetError):

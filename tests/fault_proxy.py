@@ -21,14 +21,16 @@ XML_NAMESPACE = "http://s3.amazonaws.com/doc/2006-03-01/"
 UPSTREAM_TIMEOUT_S = 60.0
 
 # Answers of S3; a body cut by RST, or by a proper end that is too early; a connection that breaks before the server has
-# the request, or after it has done it; a socket that never answers; credentials that have expired.
+# the request, or after it has done it; a socket that never answers; credentials that have expired; a wrong signature.
 FAULTS = ("slow_down", "internal_error", "reset", "short", "lost_request", "lost_answer", "hang", "expired_token")
+FAULTS += ("bad_signature",)
 DENIED = "denied"  # and what asks for the removal of many objects is answered with 200, and a refusal for each of them
 PASSING = ("slow_down", "internal_error", "reset", "short", "lost_request", "lost_answer")
 _ANSWERS = {
     "slow_down": (503, "SlowDown", "Please reduce your request rate."),
     "internal_error": (500, "InternalError", "We encountered an internal error. Please try again."),
     "expired_token": (403, "ExpiredToken", "The provided token has expired."),
+    "bad_signature": (403, "SignatureDoesNotMatch", "The request signature does not match."),
     DENIED: (403, "AccessDenied", "Access Denied"),
 }
 

@@ -45,7 +45,7 @@ class ReadItem:
 
 
 class SourceReader:
-    """Opens and fetches sources of any storage by their URL. All methods raise `InputError`."""
+    """Opens and fetches sources of any storage by their URL. All methods raise `InputError` and `CredentialsError`."""
 
     def __init__(self, options: StorageOptions = DEFAULT_OPTIONS):
         self.options = options

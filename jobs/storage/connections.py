@@ -1,7 +1,7 @@
 """Reaching a local disk or an object store: options, filesystems, retries, and one boundary for their errors.
 
 Knows nothing of what is read or written, of plans or of Ray. Exceptions of fsspec and of the stores' packages become
-`InputError` here and nowhere else; no message from here holds a credential.
+`InputError` or `CredentialsError` here and nowhere else; no message from here holds a credential.
 """
 
 import errno
@@ -15,11 +15,18 @@ from functools import partial
 from typing import TypeVar
 
 import fsspec
-from botocore.exceptions import ClientError, NoCredentialsError, PartialCredentialsError
+from botocore.exceptions import (
+    ClientError,
+    CredentialRetrievalError,
+    NoCredentialsError,
+    PartialCredentialsError,
+    SSOError,
+    TokenRetrievalError,
+)
 
 from jobs.storage.redaction import redact_text
-from jobs.storage.retrying import PATIENCE_S, http_status, is_storage_error, retry_budget
-from parakeet_core.errors import ConfigError, ErrorKind, InputError
+from jobs.storage.retrying import PATIENCE_S, STORAGE_ERRORS, http_status, is_storage_error, retry_budget
+from parakeet_core.errors import ConfigError, CredentialsError, ErrorKind, InputError
 
 S3_SCHEMES = frozenset({"s3", "s3a"})
 SCHEME = re.compile(r"^([a-zA-Z][a-zA-Z0-9+.-]*)://")
@@ -34,8 +41,18 @@ MAX_POOL_CONNECTIONS = 64  # botocore's default of 10 would queue the read-ahead
 
 _SECRET_VARIABLES = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_ACCESS_KEY_ID")
 _MISSING_CODES = frozenset({"NoSuchKey", "NoSuchBucket", "404", "410"})
-_NO_ACCESS_CODES = frozenset(
-    {"AccessDenied", "401", "403", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken"}
+_NO_ACCESS_CODES = frozenset({"AccessDenied", "401", "403", "SignatureDoesNotMatch"})
+# Of credentials, whatever the object. An item each would be rows without end, and a plan that lacks what it could not
+# open: they stop the run, and a rerun with fresh ones finishes it.
+_CREDENTIAL_CODES = frozenset(
+    {"ExpiredToken", "TokenRefreshRequired", "RequestExpired", "InvalidToken", "InvalidAccessKeyId"}
+)
+# Of the credentials, or of one object: an answer to HEAD has a status and no code, and some servers sign other names
+# than they are asked for ("a/../b"). What the bucket itself answers tells.
+_DOUBTFUL_CODES = frozenset({"400", "403", "SignatureDoesNotMatch"})
+_CREDENTIAL_ERRORS = (
+    *(NoCredentialsError, PartialCredentialsError, CredentialRetrievalError),
+    *(SSOError, TokenRetrievalError),
 )
 
 
@@ -132,13 +149,20 @@ def scrub(text: str, options: StorageOptions | None = None) -> str:
     return redact_text(text)
 
 
-def to_input_error(error: BaseException, what: str, options: StorageOptions | None = None) -> InputError:
-    """The `InputError` for an exception of the storage layer; its message names `what` and holds no credential."""
+def to_own_error(
+    error: BaseException, what: str, options: StorageOptions = DEFAULT_OPTIONS
+) -> InputError | CredentialsError:
+    """The error for an exception of the storage layer; its message names `what` and holds no credential."""
     code = _error_code(error)
+    refused = _refused_credentials(error, code, what, options)
+    if refused:
+        return CredentialsError(
+            f"{scrub(what, options)}: the storage refuses access ({refused}), not to this object but to these "
+            "credentials; give valid ones (AWS_* variables, a profile or a role)"
+        )
     if isinstance(error, FileNotFoundError | NotADirectoryError) or code in _MISSING_CODES:
         return InputError(ErrorKind.MISSING_OBJECT, f"{scrub(what, options)}: the storage has no such object")
-    denied = isinstance(error, PermissionError | NoCredentialsError | PartialCredentialsError)
-    if denied or code in _NO_ACCESS_CODES:
+    if isinstance(error, PermissionError) or code in _NO_ACCESS_CODES:
         reason = code or type(error).__name__
         return InputError(
             ErrorKind.FORBIDDEN,
@@ -150,6 +174,20 @@ def to_input_error(error: BaseException, what: str, options: StorageOptions | No
     return InputError(ErrorKind.STORAGE, f"{scrub(what, options)}: the storage failed after retries ({detail})")
 
 
+def _refused_credentials(error: BaseException, code: str, what: str, options: StorageOptions) -> str:
+    """What says that the credentials are at fault and not `what`; else nothing."""
+    if isinstance(error, _CREDENTIAL_ERRORS) or type(error).__module__.startswith("google.auth."):
+        return type(error).__name__
+    if code in _DOUBTFUL_CODES and scheme_of(what) in S3_SCHEMES:
+        fs, path = connect(what, options)
+        try:
+            fs.call_s3("list_objects_v2", Bucket=path.partition("/")[0], MaxKeys=1)
+        except STORAGE_ERRORS as answer:
+            code = _error_code(answer)
+            return code if code in _CREDENTIAL_CODES or code == "SignatureDoesNotMatch" else ""
+    return code if code in _CREDENTIAL_CODES else ""
+
+
 def _error_code(error: BaseException) -> str:
     """S3's code, or the HTTP status of another store's answer; else nothing."""
     for cause in (error, error.__cause__):  # s3fs keeps botocore's answer as the cause
@@ -159,18 +197,18 @@ def _error_code(error: BaseException) -> str:
 
 
 @contextmanager
-def storage_errors(what: str, options: StorageOptions | None = None) -> Iterator[None]:
-    """The one boundary where storage exceptions become `InputError`."""
+def storage_errors(what: str, options: StorageOptions = DEFAULT_OPTIONS) -> Iterator[None]:
+    """The one boundary where storage exceptions become `InputError`, or `CredentialsError`."""
     try:
         yield
     except Exception as error:
         if not is_storage_error(error):
             raise
-        raise to_input_error(error, what, options) from error
+        raise to_own_error(error, what, options) from error
 
 
 def storage_call(call: Callable[[], _Result], url: str, options: StorageOptions) -> _Result:
-    """Every request to storage runs in this: tried again while the failure may pass, then mapped to `InputError`."""
+    """Every request to storage runs in this: tried again while the failure may pass, then mapped to our own errors."""
     with storage_errors(url, options):
         return retry_budget(url).run(call, options.patience_s)
 

@@ -35,7 +35,8 @@ TEMPORARY_FOLDER = ".tmp"  # under the root: what a killed writer leaves must no
 class Storage:
     """A folder on a local disk or a prefix of an object store, reached by names relative to it. Can be pickled.
 
-    All methods raise `InputError` of kind MISSING_OBJECT, FORBIDDEN or STORAGE; `open` also BAD_RECORD.
+    All methods raise `CredentialsError`, and `InputError` of kind MISSING_OBJECT, FORBIDDEN or STORAGE; `open` also
+    BAD_RECORD.
 
     Raises:
         ConfigError: the URL has an unknown scheme, or names nothing behind it.

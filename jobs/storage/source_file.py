@@ -5,7 +5,7 @@ from functools import partial
 
 from jobs.storage.connections import StorageOptions, connect, scheme_of, storage_call
 from jobs.storage.local_files import check_regular
-from parakeet_core.errors import InputError
+from parakeet_core.errors import CredentialsError, InputError
 
 SEEK_BLOCK_BYTES = 1 << 20  # 32 s of 16 kHz 16-bit: a segment is mostly one request
 
@@ -21,7 +21,7 @@ class SourceFile(io.RawIOBase):
         self, source: str, options: StorageOptions, size_bytes: int | None = None, block_bytes: int = SEEK_BLOCK_BYTES
     ):
         self.source, self.options, self.size_bytes = source, options, size_bytes
-        self.error: InputError | None = None
+        self.error: InputError | CredentialsError | None = None
         fs, path = connect(source, options)
         if scheme_of(source) == "file":
             storage_call(partial(check_regular, path), source, options)
@@ -35,7 +35,7 @@ class SourceFile(io.RawIOBase):
         if self.error is None:
             try:
                 return storage_call(partial(call, *arguments), self.source, self.options)
-            except InputError as error:
+            except (InputError, CredentialsError) as error:
                 self.error = error
         raise self.error
 

@@ -166,6 +166,45 @@ def test_a_fault_that_stays_ends_the_run_and_a_rerun_finishes_it(fault, bucket, 
     assert bucket.parts(output) == undisturbed
 
 
+@pytest.mark.parametrize("reading", ["files", "tars"])
+def test_credentials_that_expire_stop_a_run_whose_output_lies_elsewhere(
+    reading, bucket, proxy, ray_cluster, tmp_path, capsys
+):
+    """The output takes all parts: nothing but the reading can tell, and what it cannot read must not become rows."""
+    folder = bucket.server.folder / bucket.name / reading
+    prompts = {path.name: path.read_bytes() for path in sorted(PROMPTS.glob("*.flac"))[:12]}
+    folder.mkdir()
+    for number, (name, content) in enumerate(prompts.items()):
+        if reading == "files":
+            (folder / name).write_bytes(content)
+        else:
+            (folder / f"{number:02d}.tar").write_bytes(tar_bytes({name: content}))
+    arguments = ["--input", f"s3://{bucket.name}/{reading}", "--output", str(tmp_path / "out"), "--model", str(TINY_EN)]
+    arguments += ["--device", "cpu", "--model-actors", "1", "--shard-audio-s", "5"]
+
+    def plan(_: Request) -> str | None:
+        parts = tmp_path / "out/transcripts"
+        return "expired_token" if parts.exists() and any(parts.iterdir()) else None
+
+    proxy.plan = plan
+    assert main(arguments) == 1
+    end = capsys.readouterr().err.strip().splitlines()[-1]
+    assert end.startswith("stopped: ")
+    assert "(ExpiredToken)" in end
+    assert "run the same command again" in end
+    stopped_with = part_bytes(tmp_path / "out")
+    assert stopped_with
+    proxy.plan = lambda _: "expired_token"
+    other = [str(tmp_path / "new") if value == str(tmp_path / "out") else value for value in arguments]
+    assert main(other) == 2
+    assert "(ExpiredToken)" in capsys.readouterr().err
+    proxy.plan = no_fault
+    assert main(arguments) == 0
+    parts = part_bytes(tmp_path / "out")
+    assert stopped_with.items() <= parts.items()
+    assert sum(pq.read_metadata(io.BytesIO(part)).num_rows for part in parts.values()) == len(prompts)
+
+
 def test_objects_that_cannot_be_read_are_rows_until_they_can(bucket, proxy, undisturbed):
     broken = sorted(path.name for path in PROMPTS.glob("*.flac"))[:2]
     faults = {broken[0]: "internal_error", broken[1]: "short"}

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import soundfile
+from fault_proxy import DENIED, FaultProxy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from job_samples import audio_bytes, jsonl, tar_bytes
@@ -30,7 +31,7 @@ from jobs.sources.guarded_http import fetch_http
 from jobs.sources.reader import SourceReader
 from jobs.storage.files import Storage
 from parakeet_core.audio import load_audio
-from parakeet_core.errors import ErrorKind, InputError
+from parakeet_core.errors import CredentialsError, ErrorKind, InputError
 
 
 def read(storage: Storage, name: str = "", **options) -> list[ReadItem]:
@@ -167,13 +168,51 @@ def test_forbidden_file_is_an_item(tmp_path):
     assert kinds(read(Storage(str(tmp_path)))) == {"a.wav": "forbidden"}
 
 
-def test_wrong_key_makes_every_item_forbidden(s3_server):
+@pytest.mark.parametrize("size_bytes", [1, None])  # asked for: by GET; by HEAD first, whose answer names no reason
+@pytest.mark.parametrize("layout", ["file", "tar", "parquet"])
+def test_credentials_that_are_not_taken_stop_the_reading_and_become_no_items(layout, size_bytes, s3_server):
     storage = Storage(f"s3://{s3_server.bucket()}", s3_server.options)
-    storage.write_atomic("a.wav", b"1")
-    scan = scan_input(InputOptions(storage.url, storage=storage.options))
-    rows = pa.Table.from_batches(scan.batches())
+    storage.write_atomic("a", b"1")
+    columns = {"id": ["a#0"], "source": [storage.source("a")], "row_group": [0], "items": [1]}
+    rows = pa.Table.from_batches([plan_batch(layout, columns | {"size_bytes": [size_bytes]})])
     wrong = type(storage.options)(s3_server.endpoint_url, "us-east-1", s3_server.key, "wrong-secret")
-    assert kinds(list(read_items(rows, wrong))) == {"a.wav": "forbidden"}
+    with pytest.raises(CredentialsError, match="a: the storage refuses access .*give valid ones"):
+        list(read_items(rows, wrong))
+    with FaultProxy(s3_server.endpoint_url) as proxy:
+        proxy.plan = lambda _: "expired_token"
+        expired = type(storage.options)(proxy.endpoint_url, "us-east-1", s3_server.key, s3_server.secret)
+        with pytest.raises(CredentialsError, match="ExpiredToken"):
+            list(read_items(rows, expired))
+
+
+def test_credentials_that_expire_under_a_decoder_are_no_truncated_audio(s3_server):
+    """C code that reads a file sees an end of it, whatever went wrong."""
+    storage = Storage(f"s3://{s3_server.bucket()}", s3_server.options)
+    storage.write_atomic("a.wav", audio_bytes(120.0))  # blocks of 1 MiB
+    with FaultProxy(s3_server.endpoint_url) as proxy:
+        options = type(storage.options)(proxy.endpoint_url, "us-east-1", s3_server.key, s3_server.secret)
+        file = SourceReader(options).open(storage.source("a.wav"))
+        file.read(1)
+        proxy.plan = lambda _: "expired_token"
+        with pytest.raises((CredentialsError, InputError)):
+            load_audio(file)
+        with pytest.raises(CredentialsError, match="ExpiredToken"):
+            file.raise_error()
+
+
+@pytest.mark.parametrize("fault", [DENIED, "bad_signature"])
+@pytest.mark.parametrize("size_bytes", [1, None])
+def test_one_object_that_is_refused_is_an_item(fault, size_bytes, s3_server):
+    storage = Storage(f"s3://{s3_server.bucket()}", s3_server.options)
+    names = ["a.wav", "b.wav"]
+    for name in names:
+        storage.write_atomic(name, b"1")
+    columns = {"id": names, "source": [storage.source(name) for name in names], "size_bytes": [size_bytes] * 2}
+    with FaultProxy(s3_server.endpoint_url) as proxy:
+        proxy.plan = lambda request: fault if request.path.endswith("/a.wav") else None
+        options = type(storage.options)(proxy.endpoint_url, "us-east-1", s3_server.key, s3_server.secret)
+        items = list(read_items(pa.Table.from_batches([plan_batch("file", columns)]), options))
+    assert kinds(items) == {"a.wav": "forbidden", "b.wav": "bytes"}
 
 
 def test_a_consumer_that_stops_early_stops_the_fetching(storage):

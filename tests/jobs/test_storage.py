@@ -21,7 +21,7 @@ from jobs.sources.reader import SourceReader
 from jobs.storage.connections import StorageOptions, scrub
 from jobs.storage.files import Storage
 from jobs.storage.local_files import HIDDEN_PREFIX
-from parakeet_core.errors import ConfigError, ErrorKind, InputError
+from parakeet_core.errors import ConfigError, CredentialsError, ErrorKind, InputError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -178,15 +178,14 @@ def test_missing_objects_are_missing(storage):
     assert "y" in caught.value.message
 
 
-def test_wrong_key_is_forbidden_and_not_named(s3_server):
+def test_a_wrong_key_is_no_objects_fault_and_is_not_named(s3_server):
     good = s3_server.options
     bucket = s3_server.bucket()
     secret = "canary-secret-0123456789"
     storage = Storage(f"s3://{bucket}", StorageOptions(good.endpoint_url, good.region, "canary-key-1", secret))
-    with pytest.raises(InputError) as caught:
+    with pytest.raises(CredentialsError) as caught:
         storage.read_bytes("x")
-    assert caught.value.kind == ErrorKind.FORBIDDEN
-    for text in (caught.value.message, repr(storage), repr(storage.options)):
+    for text in (str(caught.value), repr(storage), repr(storage.options)):
         assert "canary" not in text
 
 
