@@ -14,7 +14,7 @@ from jobs.storage.connections import StorageOptions, scheme_of
 from jobs.storage.files import Storage
 from jobs.storage.source_file import SourceFile
 from parakeet_core.checkpoint import Checkpoint, load_checkpoint, read_source
-from parakeet_core.config import ModelConfig
+from parakeet_core.config import ModelConfig, differing_files
 from parakeet_core.errors import CheckpointError, CredentialsError, InputError
 from parakeet_core.tokenizer import Tokenizer
 
@@ -30,7 +30,7 @@ class ModelReference:
 
     Attributes:
         name: a URL, an id of the Hugging Face hub or an absolute path.
-        digest: sha256 of its weights; a worker refuses anything else.
+        digest, files: sha256 of its weights, and of the files that decide texts beside them; a worker refuses others.
         config, tokenizer: what the stages without weights need.
         parameters: numbers that its weights hold.
     """
@@ -41,6 +41,7 @@ class ModelReference:
     tokenizer: Tokenizer
     parameters: int
     storage: StorageOptions
+    files: dict[str, str]
 
     def load(self, dtype: str, device: str) -> Checkpoint:
         """The checkpoint on this node, fetched if need be. Raises CheckpointError."""
@@ -49,6 +50,11 @@ class ModelReference:
             raise CheckpointError(
                 f"{self.name}: the weights on this node have sha256 {checkpoint.digest}, "
                 f"the job began with {self.digest}; make the same checkpoint available to all nodes, best by a URL"
+            )
+        if changed := differing_files(self.files, checkpoint.source.files):
+            raise CheckpointError(
+                f"{self.name}: {changed} on this node is not what the job began with; make the same checkpoint "
+                "available to all nodes, best by a URL"
             )
         return checkpoint
 
@@ -63,7 +69,7 @@ def resolve_model(name: str, storage: StorageOptions) -> ModelReference:
         name = str(path)  # the same one in a worker, whatever its working directory
     source = read_source(local_model(name, storage))
     parameters = sum(math.prod(shape) for shape in source.shapes.values())
-    return ModelReference(name, source.digest(), source.config, source.tokenizer, parameters, storage)
+    return ModelReference(name, source.digest(), source.config, source.tokenizer, parameters, storage, source.files)
 
 
 def local_model(name: str, storage: StorageOptions) -> Path:

@@ -29,7 +29,7 @@ from jobs.report.receipt import Receipt, merge_tallies
 from jobs.resume import account_earlier
 from jobs.storage.connections import StorageOptions, scrub
 from jobs.storage.files import Storage
-from jobs.table.ownership import JobIdentity, check_output, recorded_dtype, version_of
+from jobs.table.ownership import JobIdentity, as_begun, check_output, recorded_dtype, version_of
 from jobs.table.parts import TABLE_FOLDER
 from jobs.table.shard_names import pack_shards
 from parakeet_core.errors import ConfigError, CredentialsError, InputError
@@ -160,8 +160,8 @@ def prepare(config: TranscribeConfig) -> Run:
         dtype = config.dtype if config.dtype != "auto" else recorded_dtype(output)
         identity = None
         if dtype is not None:
-            identity = identify(model, dtype)
-            output = version_of(root, identity) if config.new_version else root
+            find = version_of if config.new_version else as_begun
+            output, identity = find(root, identify(model, dtype))
             check_output(output, identity)
         generations, sources = _plan(config, output, list_generations(root))
         state = Run(config, output, model, generations, read_plan(output, generations), sources, identity)
@@ -174,7 +174,7 @@ def prepare(config: TranscribeConfig) -> Run:
 
 
 def identify(model: ModelReference, dtype: str) -> JobIdentity:
-    return JobIdentity(weights_sha256=model.digest, dtype=dtype, model=scrub(model.name))
+    return JobIdentity(weights_sha256=model.digest, dtype=dtype, model=scrub(model.name), files=model.files)
 
 
 def _plan(

@@ -36,6 +36,7 @@ class CheckpointSource:
         shapes: name -> shape of every weight, read without reading the weights.
         tensors: yields (name, tensor) of every weight, each at most once in memory beside what the caller keeps.
         digest: sha256 of the stored weights, hexadecimal.
+        files: name -> sha256 of what else was read and decides texts: configuration, front end and tokenizer.
     """
 
     config: ModelConfig
@@ -43,6 +44,7 @@ class CheckpointSource:
     shapes: dict[str, tuple[int, ...]]
     tensors: Callable[[], Iterator[tuple[str, Tensor]]]
     digest: Callable[[], str]
+    files: dict[str, str]
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ from torch import Tensor
 from parakeet_core.checkpoint import CheckpointSource, layer_count, sha256_of
 from parakeet_core.config import EncoderConfig, FrontendConfig, ModelConfig
 from parakeet_core.errors import CheckpointError
-from parakeet_core.tokenizer import Tokenizer, check_pieces, load_tokenizer
+from parakeet_core.tokenizer import check_pieces, load_tokenizer
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 MAPPED_BYTES = 64 << 20  # weights read through one mapping; its pages count as ours until it is closed
 IGNORED_SUFFIX = "num_batches_tracked"  # a training counter
 
@@ -63,15 +63,18 @@ def read_hf_directory(path: Path) -> CheckpointSource:
     Raises:
         CheckpointError: a file is missing or damaged, or the model is not a Parakeet CTC model as implemented here.
     """
-    config = _read_json(path / "config.json")
+    config = _read_json(path / CONFIG)
     files = _weight_files(path)
     names = _tensor_files(path, files)
     shapes = _shapes(path, names)
-    model_config = _model_config(path, config, shapes)
-    tokenizer = _tokenizer(path)
+    frontend_file, frontend = _frontend_config(path)
+    model_config = _model_config(path, config, frontend, shapes)
+    tokenizer_file = _tokenizer_file(path)
+    tokenizer = load_tokenizer(path / tokenizer_file)
     check_pieces(tokenizer, model_config.vocab_size, str(path))
+    decisive = {name: _sha256(path / name) for name in (CONFIG, frontend_file, tokenizer_file)}
     return CheckpointSource(
-        model_config, tokenizer, shapes, lambda: _tensors(path, names, shapes), lambda: _digest(path, files)
+        model_config, tokenizer, shapes, lambda: _tensors(path, names, shapes), lambda: _digest(path, files), decisive
     )
 
 
@@ -87,7 +90,9 @@ def _read_json(path: Path) -> dict:
     return content
 
 
-def _model_config(path: Path, config: dict, shapes: dict[str, tuple[int, ...]]) -> ModelConfig:
+def _model_config(
+    path: Path, config: dict, frontend: FrontendConfig, shapes: dict[str, tuple[int, ...]]
+) -> ModelConfig:
     encoder = config.get("encoder_config")
     refused = []
     if config.get("model_type") != "parakeet_ctc" or not isinstance(encoder, dict):
@@ -110,10 +115,7 @@ def _model_config(path: Path, config: dict, shapes: dict[str, tuple[int, ...]]) 
     if len(depthwise) == 3:  # published configs have been seen to leave the kernel out
         encoder = encoder | {"conv_kernel_size": depthwise[-1]}
     where = f"{path}/config.json"
-    built = {
-        "encoder": typed_dataclass(EncoderConfig, encoder, ENCODER_KEYS, where),
-        "frontend": _frontend_config(path),
-    }
+    built = {"encoder": typed_dataclass(EncoderConfig, encoder, ENCODER_KEYS, where), "frontend": frontend}
     return typed_dataclass(ModelConfig, config, MODEL_KEYS, where, **built)
 
 
@@ -124,15 +126,15 @@ def read_encoder_config(path: Path) -> EncoderConfig:
     return typed_dataclass(EncoderConfig, encoder if isinstance(encoder, dict) else {}, ENCODER_KEYS, str(path))
 
 
-def _frontend_config(path: Path) -> FrontendConfig:
-    """From the nested form (processor_config.json) or the flat, older one (preprocessor_config.json)."""
+def _frontend_config(path: Path) -> tuple[str, FrontendConfig]:
+    """(file, front end), from the nested form (processor_config.json) or the flat, older (preprocessor_config.json)."""
     for name in ("processor_config.json", "preprocessor_config.json"):
         if (path / name).exists():
             content = _read_json(path / name)
             content = content.get("feature_extractor", content)
             if isinstance(content, dict) and "feature_size" in content:
                 filtered = {"preemphasis": 0.0} if content.get("preemphasis", 0.0) is None else {}  # null: no filter
-                return typed_dataclass(FrontendConfig, content | filtered, FRONTEND_KEYS, f"{path}/{name}")
+                return name, typed_dataclass(FrontendConfig, content | filtered, FRONTEND_KEYS, f"{path}/{name}")
     raise CheckpointError(
         f"{path}: no front end; expected processor_config.json or preprocessor_config.json with a feature_size"
     )
@@ -165,10 +167,10 @@ def typed_dataclass(cls: type, found: dict, names: dict[str, str], where: str, *
         raise CheckpointError(f"{where}: {error}") from error
 
 
-def _tokenizer(path: Path) -> Tokenizer:
+def _tokenizer_file(path: Path) -> str:
     for name in ("tokenizer.json", "tokenizer.model"):
         if (path / name).exists():
-            return load_tokenizer(path / name)
+            return name
     raise CheckpointError(f"{path}: no tokenizer; expected tokenizer.json or tokenizer.model")
 
 
@@ -233,11 +235,13 @@ def _tensors(path: Path, names: dict[str, str], shapes: dict[str, tuple[int, ...
                     yield pending.pop(0), tensor
 
 
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as stream:
+        return sha256_of(stream)
+
+
 def _digest(path: Path, files: list[str]) -> str:
-    digests = []
-    for file in files:
-        with open(path / file, "rb") as stream:
-            digests.append(sha256_of(stream))
+    digests = [_sha256(path / file) for file in files]
     if len(files) == 1:
         return digests[0]
     lines = "".join(f"{digest}  {file}\n" for digest, file in zip(digests, files, strict=True))

@@ -3,6 +3,7 @@
 Source of the names: NeMo `collections/asr` (ConformerEncoder, ConvASRDecoder, AudioToMelSpectrogramPreprocessor).
 """
 
+import hashlib
 import lzma
 import math
 import re
@@ -51,19 +52,21 @@ def read_nemo_archive(path: Path) -> CheckpointSource:
     try:
         with tarfile.open(path, "r:*") as archive:
             members = _members(archive)
-            config = _config(path, _small(path, archive, members, CONFIG, CONFIG_BYTES))
+            config_content = _small(path, archive, members, CONFIG, CONFIG_BYTES)
+            config = _config(path, config_content)
             _refuse(path, config)
             tokenizer_name = config["tokenizer"]["model_path"].removeprefix("nemo:")
-            tokenizer = SentencePieceTokenizer(
-                _small(path, archive, members, tokenizer_name), f"{path}: {tokenizer_name}"
-            )
+            tokenizer_content = _small(path, archive, members, tokenizer_name)
+            tokenizer = SentencePieceTokenizer(tokenizer_content, f"{path}: {tokenizer_name}")
             tensors = _weights(path, archive, members, hybrid="aux_ctc" in config)
     except UNREADABLE as error:
         raise CheckpointError(f"{path}: not a readable .nemo archive ({error}); fetch it again") from error
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     model_config = _model_config(path, config, shapes)
     check_pieces(tokenizer, model_config.vocab_size, str(path))
-    return CheckpointSource(model_config, tokenizer, shapes, lambda: _drain(tensors), lambda: _digest(path))
+    decisive = {CONFIG: config_content, tokenizer_name: tokenizer_content}
+    decisive = {name: hashlib.sha256(content).hexdigest() for name, content in decisive.items()}
+    return CheckpointSource(model_config, tokenizer, shapes, lambda: _drain(tensors), lambda: _digest(path), decisive)
 
 
 def _members(archive: tarfile.TarFile) -> dict[str, tarfile.TarInfo]:

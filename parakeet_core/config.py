@@ -141,3 +141,8 @@ class ModelConfig:
     def encoder_frame_s(self) -> float:
         """Seconds from one encoder frame to the next."""
         return self.frontend.frame_s * self.encoder.subsampling_factor
+
+
+def differing_files(files: dict[str, str], others: dict[str, str]) -> str:
+    """Names of a checkpoint's files whose digests are not the same, or that are on one side only; for a message."""
+    return ", ".join(sorted(name for name in files | others if files.get(name) != others.get(name)))

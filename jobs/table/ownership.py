@@ -7,11 +7,12 @@ OUTPUT/versions/<fingerprint>/   the output of another identity, of the same for
 import hashlib
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from jobs.planning.generations import RACE, Generation, list_generations
 from jobs.storage.files import Storage
 from jobs.table.schema import SCHEMA_VERSION
+from parakeet_core.config import differing_files
 from parakeet_core.errors import ConfigError
 
 JOB_FILE = "job.json"
@@ -29,15 +30,19 @@ class JobIdentity:
         weights_sha256: digest of the checkpoint's weights.
         dtype: the model runs in.
         model: name of the checkpoint, for people; not part of the fingerprint.
+        files: name -> sha256 of what decides texts beside the weights: configuration, front end and tokenizer. Empty
+            for an output that was begun before they were noted: there they are not compared.
     """
 
     weights_sha256: str
     dtype: str
     model: str
+    files: dict[str, str] = field(default_factory=dict)
 
     @property
     def fingerprint(self) -> str:
         values = [SCHEMA_VERSION, RESULTS_VERSION, self.weights_sha256, self.dtype]
+        values += [sorted(self.files.items())] if self.files else []
         return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:FINGERPRINT_DIGITS]
 
 
@@ -51,12 +56,22 @@ def recorded_fingerprint(output: Storage) -> str | None:
     return (_job_record(output) or {}).get("fingerprint")
 
 
-def version_of(output: Storage, identity: JobIdentity) -> Storage:
-    """Where this identity's table lies: the output itself if it is free or its own, else a folder for this version."""
+def as_begun(output: Storage, identity: JobIdentity) -> tuple[Storage, JobIdentity]:
+    """The output, and the identity as far as it says its own: without files if it was begun before they were noted."""
     record = _job_record(output)
-    if record is None or record["fingerprint"] == identity.fingerprint:
-        return output
-    return Storage(f"{output.url}/{VERSIONS_FOLDER}/{identity.fingerprint}", output.options)
+    return output, identity if record is None or record.get("files") else replace(identity, files={})
+
+
+def version_of(output: Storage, identity: JobIdentity) -> tuple[Storage, JobIdentity]:
+    """Where this identity's table lies: the output itself if it is free or its own, else a folder for this version."""
+    versions = [identity, replace(identity, files={})]  # the second: a folder that was begun before files were noted
+    folders = [Storage(f"{output.url}/{VERSIONS_FOLDER}/{found.fingerprint}", output.options) for found in versions]
+    for place in (output, folders[1]):
+        record, (_, found) = _job_record(place), as_begun(place, identity)
+        free = record is None and place is output
+        if free or (record is not None and record["fingerprint"] == found.fingerprint):
+            return place, found
+    return folders[0], identity
 
 
 def claim_output(output: Storage, identity: JobIdentity, generations: list[Generation]) -> None:
@@ -84,6 +99,15 @@ def check_output(output: Storage, identity: JobIdentity) -> None:
     """Refuse an output that another model or dtype has begun; an output that nobody has begun is fine."""
     found = _job_record(output)
     if found is not None and found["fingerprint"] != identity.fingerprint:
+        same = all(found.get(name) == getattr(identity, name) for name in ("weights_sha256", "dtype"))
+        changed = differing_files(found.get("files") or {}, identity.files)
+        if same and changed:
+            raise ConfigError(
+                f"{output.url} was begun with another {changed} beside the same weights (model {found.get('model')}), "
+                f"which gives other texts than that of {identity.model}; put back the file of then, use another "
+                f"--output, or --new-version to have both: this one's table would come under "
+                f"{output.url}/{VERSIONS_FOLDER}/{identity.fingerprint}/"
+            )
         raise ConfigError(
             f"{output.url} holds transcripts of another configuration: found {found['fingerprint']} "
             f"(model {found.get('model')}, weights {str(found.get('weights_sha256'))[:12]}, {found.get('dtype')}), "

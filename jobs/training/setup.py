@@ -18,7 +18,7 @@ from jobs.training.labels import LabelReport, Utterances, label_utterances, plai
 from jobs.training.loop import MODEL_FOLDER, TrainingTask
 from jobs.training.sources import LabelledShard, labelled_shards
 from parakeet_core.checkpoint_hf import read_encoder_config
-from parakeet_core.config import EncoderConfig, FrontendConfig, ModelConfig
+from parakeet_core.config import EncoderConfig, FrontendConfig, ModelConfig, differing_files
 from parakeet_core.errors import ConfigError
 from parakeet_core.export import checkpoint_files
 from parakeet_core.tokenizer import SentencePieceTokenizer, Tokenizer
@@ -37,7 +37,7 @@ def claim_output(output: Storage, config: FinetuneConfig, start: ModelReference 
     origin = start.digest if start else hashlib.sha256(Path(config.model_config).read_bytes()).hexdigest()
     options = json.loads(json.dumps(config.decisive_options()))
     record = {"fingerprint": config.fingerprint(origin), "weights_sha256": origin, "options": options}
-    record |= {"code_version": parakeet_core.__version__}
+    record |= {"code_version": parakeet_core.__version__, "files": start.files if start else {}}
     output.write_atomic(RUN_FILE, json.dumps(record, indent=1).encode(), exclusive=True)
     try:
         found = json.loads(output.read_bytes(RUN_FILE))
@@ -52,6 +52,12 @@ def claim_output(output: Storage, config: FinetuneConfig, start: ModelReference 
         raise ConfigError(
             f"{output.url} holds another run ({'; '.join(changed) or 'other weights to start from'}); "
             "use another --output, or the same options"
+        )
+    # Runs that were begun before these files were noted go on without.
+    if found.get("files") and (changed := differing_files(found["files"], record["files"])):
+        raise ConfigError(
+            f"{output.url} was begun with another {changed} beside the same weights to start from; put back the file "
+            "of then, or use another --output"
         )
 
 

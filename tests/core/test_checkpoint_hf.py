@@ -118,6 +118,17 @@ def test_digest_of_shards_is_over_their_sums(tmp_path, model):
     assert load_checkpoint(path).digest == hashlib.sha256(printed).hexdigest()
 
 
+def test_files_beside_the_weights_are_those_that_were_read(directory):
+    shutil.copy(TINY_EN / "tokenizer.model", directory)  # tokenizer.json goes before it
+    before = load_checkpoint(directory).source.files
+    assert list(before) == ["config.json", "processor_config.json", "tokenizer.json"]
+    for name in before:
+        printed = subprocess.run(["sha256sum", directory / name], capture_output=True, text=True, check=True)
+        assert before[name] == printed.stdout.split()[0]
+    (directory / "tokenizer.json").unlink()
+    assert list(load_checkpoint(directory).source.files) == ["config.json", "processor_config.json", "tokenizer.model"]
+
+
 def test_weights_are_not_written_by_training(directory, model):
     """The mapping is private: a step on the loaded model leaves the file as it was."""
     before = (directory / "model.safetensors").read_bytes()

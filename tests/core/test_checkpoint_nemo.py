@@ -8,7 +8,7 @@ import tarfile
 
 import pytest
 import torch
-from small_models import nemo_tensors, random_features, small_model, write_nemo
+from small_models import TINY_EN, nemo_tensors, random_features, small_model, write_nemo
 
 from parakeet_core import load_checkpoint
 from parakeet_core.errors import CheckpointError
@@ -97,6 +97,15 @@ def test_digest_is_that_of_the_weights_member(tmp_path, model, compress):
     torch.save(nemo_tensors(model), buffer)
     path = write_nemo(tmp_path / "m.nemo", model, weights=buffer.getvalue(), compress=compress)
     assert load_checkpoint(path).digest == hashlib.sha256(buffer.getvalue()).hexdigest()
+
+
+def test_members_beside_the_weights_that_decide_texts(tmp_path, model):
+    before = load_checkpoint(write_nemo(tmp_path / "a.nemo", model)).source.files
+    tokenizer = (TINY_EN / "tokenizer.model").read_bytes()
+    assert list(before) == ["model_config.yaml", f"{hashlib.md5(tokenizer).hexdigest()}_tokenizer.model"]
+    assert before[list(before)[1]] == hashlib.sha256(tokenizer).hexdigest()
+    other = load_checkpoint(write_nemo(tmp_path / "b.nemo", model, {"preprocessor.preemph": 0.5})).source.files
+    assert [name for name in before if before[name] != other[name]] == ["model_config.yaml"]
 
 
 REFUSED = {

@@ -1,24 +1,31 @@
 """jobs/table/ownership.py, jobs/resume.py: of drivers that begin at once one goes on; what a receipt accounts for."""
 
+import hashlib
 import json
+import shutil
 import threading
+from dataclasses import replace
 
 import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from job_layouts import TINY_EN, job_config
+from job_samples import audio_bytes
 
+from jobs.config import TranscribeConfig
 from jobs.inputs.plan_rows import plan_batch
 from jobs.planning.generations import list_generations
 from jobs.planning.shards import PlanOptions, plan_shards
 from jobs.planning.store import shard_name, write_plan
+from jobs.preparation import Run, prepare
 from jobs.resume import account_earlier
 from jobs.storage.files import Storage
 from jobs.table.ownership import JOB_FILE, JobIdentity, claim_output
 from jobs.table.parts import commit_part, find_committed, part_name
 from jobs.table.schema import TRANSCRIPT_SCHEMA, file_metadata, part_facts
 from jobs.table.shard_names import pack_shards, unpack_shards
-from parakeet_core.errors import ConfigError
+from parakeet_core.errors import CheckpointError, ConfigError
 
 ROUNDS, DRIVERS = 4, 3
 
@@ -62,6 +69,52 @@ def test_of_drivers_that_begin_at_once_one_goes_on(storage, differing):
         assert len(going) == 1, results
         assert [generation.fingerprint for generation in list_generations(output)] == [going[0][0]]
         assert json.loads(output.read_bytes(JOB_FILE))["fingerprint"] == going[0][1]
+
+
+@pytest.fixture
+def begun(tmp_path) -> TranscribeConfig:
+    """A run that has claimed its output, with a model that may be changed."""
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.wav").write_bytes(audio_bytes(0.5))
+    shutil.copytree(TINY_EN, tmp_path / "model")
+    config = job_config(tmp_path / "in", tmp_path / "out", model=str(tmp_path / "model"), dtype="float32")
+    begin_run(config)
+    return config
+
+
+def begin_run(config: TranscribeConfig) -> Run:
+    run = prepare(config)
+    claim_output(run.output, run.identity, run.generations)
+    return run
+
+
+@pytest.mark.parametrize("name", ["config.json", "processor_config.json", "tokenizer.json"])
+def test_a_changed_file_beside_the_same_weights_is_another_model(begun, name):
+    first = prepare(begun)
+    with open(f"{begun.model}/{name}", "a") as file:
+        file.write("\n")
+    with pytest.raises(ConfigError, match=f"was begun with another {name} beside the same weights .*--new-version"):
+        prepare(begun)
+    with pytest.raises(CheckpointError, match=f"{name} on this node is not what the job began with"):
+        first.model.load("float32", "cpu")
+    other = begin_run(replace(begun, new_version=True))
+    assert other.output.url == f"{first.output.url}/versions/{other.fingerprint}"
+    assert prepare(replace(begun, new_version=True)).output.url == other.output.url
+
+
+def test_outputs_that_do_not_say_these_files_go_on(begun):
+    """Begun before they were noted: nothing is compared, and names stay what they were."""
+    root = prepare(begun).output
+    for dtype, folder in (("float32", ""), ("bfloat16", "versions/{}/")):
+        weights = prepare(begun).identity.weights_sha256
+        fingerprint = hashlib.sha256(json.dumps([1, 1, weights, dtype]).encode()).hexdigest()[:10]
+        record = {"fingerprint": fingerprint, "weights_sha256": weights, "dtype": dtype, "model": "m"}
+        root.write_atomic(f"{folder.format(fingerprint)}job.json", json.dumps(record).encode())
+        with open(f"{begun.model}/tokenizer.json", "a") as file:
+            file.write("\n")
+        run = begin_run(replace(begun, dtype=dtype, new_version=bool(folder)))
+        assert run.fingerprint == fingerprint
+        assert f"{run.output.url}/" == f"{root.url}/{folder.format(fingerprint)}"
 
 
 @given(st.sets(st.tuples(st.integers(0, 2), st.integers(0, 30), st.sampled_from(["aa", "bb"]))))

@@ -1,6 +1,7 @@
 """The training loop in this process: it learns, it resumes exactly, and how a batch is split does not matter."""
 
 import dataclasses
+import json
 import os
 import socket
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from safetensors.torch import load_file
 from small_models import hf_config, small_config, write_json
-from training_samples import PLAIN, make_task, prompt_manifest, train, training_config
+from training_samples import PLAIN, make_task, prompt_manifest, small_checkpoint, train, training_config
 
 from jobs.training.batches import Position, TrainingBatches, epoch_batches
 from jobs.training.checkpoint import list_checkpoints, load_checkpoint_into, read_progress, save_checkpoint
@@ -234,6 +235,19 @@ def test_other_options_are_refused_in_the_same_output(manifests, tmp_path):
     with pytest.raises(ConfigError, match="learning_rate 0.0003 there, 0.1 here"):
         make_task(dataclasses.replace(config, learning_rate=0.1))
     make_task(dataclasses.replace(config, workers=3, checkpoint_steps=7))  # what does not decide the result may differ
+
+
+def test_another_tokenizer_beside_the_same_weights_is_refused_in_the_same_output(manifests, tmp_path):
+    config = training_config(*manifests, tmp_path / "out", max_steps=2, model=small_checkpoint(tmp_path / "start"))
+    make_task(config)
+    with open(f"{config.model}/tokenizer.json", "a") as file:
+        file.write("\n")
+    with pytest.raises(ConfigError, match="was begun with another tokenizer.json beside the same weights"):
+        make_task(config)
+    record = json.loads((tmp_path / "out/finetune.json").read_text())
+    del record["files"]  # as of a run that was begun before they were noted
+    (tmp_path / "out/finetune.json").write_text(json.dumps(record))
+    make_task(config)
 
 
 def test_a_damaged_checkpoint_is_named(manifests, tmp_path):
