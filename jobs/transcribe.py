@@ -19,7 +19,7 @@ import parakeet_core
 from jobs.command_line import JobStoppedError, exit_status, interrupt_on_sigterm
 from jobs.config import TranscribeConfig
 from jobs.metrics import JobMetrics
-from jobs.pipeline import LOST_WORKER_RETRIES, Resources, plan_resources, run_shards
+from jobs.pipeline import LOST_WORKER_RETRIES, run_shards
 from jobs.plan import dry_run
 from jobs.planning.generations import list_generations
 from jobs.planning.item_digests import planned_items
@@ -28,6 +28,7 @@ from jobs.ray_session import alive_nodes, note_local_output, ray_session, root_c
 from jobs.report.page import write_report
 from jobs.report.progress import ProgressDisplay, Tally
 from jobs.report.receipt import EventLog, Receipt, add_to_receipt, summarise
+from jobs.resources import Resources, measure_work, plan_resources
 from jobs.resume import find_undoubled
 from jobs.storage.connections import scrub
 from jobs.storage.files import Storage
@@ -36,7 +37,7 @@ from jobs.table.parts import find_committed
 from jobs.table.schema import PartFacts
 from jobs.verify import verify_table
 from jobs.worker_end import EVENTS_FOLDER
-from parakeet_core.checkpoint import INT8, resolve_dtype
+from parakeet_core.checkpoint import INT8
 from parakeet_core.errors import ConfigError, CredentialsError, InputError
 
 HOPELESS_ITEMS, HOPELESS_SHARE = 1_000, 0.5  # errors among so many items of a run: not the items' fault, but one cause
@@ -61,7 +62,7 @@ def run(config: TranscribeConfig) -> Receipt:
     with ray_session(config.ray_address) as cluster:
         _settle(state, cluster)
         todo = state.missing_shards()
-        receipt = _transcribe(state, todo, cluster, grows) if todo.num_rows else _nothing_to_do(state)
+        receipt = _transcribe(state, todo, grows) if todo.num_rows else _nothing_to_do(state)
         return _verify(state, receipt) if config.verify else receipt
 
 
@@ -84,10 +85,10 @@ def _nothing_to_do(state: Run) -> Receipt:
     return _finish(state)
 
 
-def _transcribe(state: Run, todo: pa.Table, cluster: dict[str, float], grows: bool) -> Receipt:
+def _transcribe(state: Run, todo: pa.Table, grows: bool) -> Receipt:
     """Run the shards that are left, and account for them however the run ends."""
     note_local_output(state.output, len(alive_nodes()))
-    resources = _claim(state, todo, cluster, grows)
+    resources = _claim(state, todo, grows)
     total_s = pc.sum(state.shards["audio_s"]).as_py()
     events = _begin(state, todo, resources, total_s)
     display = ProgressDisplay(total_s, state.before.audio_s + state.before.lost_s)
@@ -106,12 +107,11 @@ def _transcribe(state: Run, todo: pa.Table, cluster: dict[str, float], grows: bo
     return _finish(state)
 
 
-def _claim(state: Run, todo: pa.Table, cluster: dict[str, float], grows: bool) -> Resources:
+def _claim(state: Run, todo: pa.Table, grows: bool) -> Resources:
     """Share the cluster among the actors, and mark the output as this job's."""
-    longest_s = pc.max(todo["audio_s"]).as_py()
-    weight_bytes = state.model.parameters * resolve_dtype(state.identity.dtype).itemsize
-    resources = plan_resources(state.config, state.device, cluster, todo.num_rows, longest_s, weight_bytes, grows)
     try:
+        work = measure_work(state.output, todo, state.model, state.config.features, state.identity.dtype)
+        resources = plan_resources(state.config, state.device, alive_nodes(), work, grows)
         claim_output(state.output, state.identity, state.generations)  # only now: a refused run leaves no mark
         state.output.remove_dead_temporaries()
     except (InputError, CredentialsError) as error:
