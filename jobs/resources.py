@@ -167,7 +167,8 @@ def plan_resources(
     model_pool = config.model_actors or (1, _at_most(places.slots, work.shards))
     feature_pool = config.feature_actors
     if feature_pool is None and places.slot:
-        feature_pool = (1, _at_most(places.cpus - 1, work.shards))
+        # Each model actor keeps a CPU busy: a GPU's pads and sends batches, and unpacks what comes of them.
+        feature_pool = (1, _at_most(places.cpus - max(min(places.slots, model_pool[1]), 1), work.shards))
     model_bytes = PROCESS_BYTES + 2 * work.weight_bytes
     shard_bytes = _shard_bytes(config, work, _room(places, feature_pool, model_pool, model_bytes))
     model_cpus = 0.0 if places.slot else CPU_MODEL_SHARE

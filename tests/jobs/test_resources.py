@@ -28,9 +28,11 @@ def resources(device: str, *nodes: dict, grows: bool = True, work: Work = USUAL,
     return plan_resources(config, device, list(nodes), work, grows)
 
 
-def test_one_model_actor_per_gpu_and_a_cpu_left_beside_the_feature_actors():
+def test_one_model_actor_per_gpu_and_a_cpu_left_for_each_beside_the_feature_actors():
     found = resources("cuda", NODE)
-    assert (found.model_pool, found.feature_pool) == ((1, 2), (1, 15))
+    assert (found.model_pool, found.feature_pool) == ((1, 2), (1, 14))
+    assert resources("cuda", NODE, model_actors=(1, 1)).feature_pool == (1, 15)
+    assert resources("cuda", {"CPU": 4.0, "GPU": 8.0}).feature_pool == (1, 1)
     assert found.model_cpus == 0  # its slot cannot be taken by feature actors
 
 
@@ -41,7 +43,7 @@ def test_without_gpu_each_cpu_runs_all_stages():
 
 def test_a_custom_resource_places_model_actors_as_a_gpu_does():
     found = resources("cpu", {"CPU": 4.0, "slot": 3.0, "memory": 16.0 * GIB}, model_resource="slot")
-    assert (found.model_pool, found.feature_pool, found.model_cpus) == ((1, 3), (1, 3), 0)
+    assert (found.model_pool, found.feature_pool, found.model_cpus) == ((1, 3), (1, 1), 0)
     with pytest.raises(ConfigError, match="no slot now"):
         resources("cpu", {"CPU": 4.0}, model_resource="slot")
 
