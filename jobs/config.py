@@ -46,13 +46,13 @@ class StorageConfig:
     """How object stores are reached."""
 
     s3_endpoint_url: str | None = None
-    """S3 endpoint other than AWS; default AWS_ENDPOINT_URL. Credentials come from the usual AWS variables only."""
+    """S3 endpoint, if not AWS; default AWS_ENDPOINT_URL. Credentials come from the usual AWS variables only."""
     s3_region: str | None = None
-    """Default AWS_REGION."""
+    """S3 region; default AWS_REGION."""
     s3_anonymous: bool = False
-    """Unsigned requests, for public buckets."""
+    """Send unsigned requests, for public buckets."""
     storage_patience_s: float = PATIENCE_S
-    """Seconds for which failing storage is tried again before an item becomes an error row or the job stops."""
+    """Seconds to retry failing storage before an item becomes an error row or the job stops."""
 
     def __post_init__(self):
         if not self.storage_patience_s >= 0:
@@ -86,19 +86,19 @@ class InputConfig(StorageConfig):
     input: str
     """Folder, glob, JSONL manifest, WebDataset tars or Parquet files: a path or URL (s3://bucket/prefix)."""
     format: Literal["auto", "files", "manifest", "webdataset", "parquet"] = "auto"
-    """Layout of the input; auto decides from the listing."""
+    """Layout of the input; auto detects it from the listing."""
     shard_audio_s: float | None = None
     """Seconds of audio per shard, the unit of commit; default a 64th of the input, between 120 and 1800."""
     allow_local_paths: bool = False
-    """Let a manifest in an object store name local files."""
+    """Allow a manifest in an object store to name local files."""
     allow_http: bool = False
-    """Let manifests name http(s) URLs of public hosts."""
+    """Allow manifests to name http(s) URLs of public hosts."""
     rtfx: float | None = None
-    """For a dry run: expected seconds of audio per second and GPU."""
+    """For a dry run: seconds of audio that one GPU is expected to process per second."""
     gpus: int = 1
-    """For a dry run: GPUs that work at a time."""
+    """For a dry run: number of GPUs in use at a time."""
     gpu_hour_price: float | None = None
-    """For a dry run: price of one GPU hour, any currency."""
+    """For a dry run: price of one GPU hour, in any currency."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -129,38 +129,41 @@ class TranscribeConfig(InputConfig):
     """Transcribe audio in object storage into one Parquet table."""
 
     output: str
-    """Folder for the table (OUTPUT/transcripts/) and everything about it: a path or URL."""
+    """Folder for the table (OUTPUT/transcripts/) and everything that belongs to it: a path or URL."""
     model: str
     """Checkpoint: a Hugging Face directory or .nemo file (path or URL), or a Hugging Face model id."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: cuda if the cluster has a GPU now. On a cluster that starts without GPU nodes, say cuda."""
+    """auto: cuda if the cluster has a GPU now, else cpu. Choose cuda on a cluster that starts without GPU nodes."""
     dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = "auto"
-    """Of the model; auto: as the output was begun, else bfloat16 on cuda and float32 on the CPU. int8: on CPUs, the
-    layers' products in 8-bit integers, faster than bfloat16; a few more words change."""
+    """The model's dtype. auto: the dtype that the output was begun with; for a new output, bfloat16 on cuda and float32
+    on the CPU. int8 (CPUs only): the layers' matrix products in 8-bit integers, faster than bfloat16, but a few more
+    words change."""
     dry_run: bool = False
-    """Only list the input, read headers and say what the job would be. Writes nothing."""
+    """Only list the input, read headers and report what the job would do. Writes nothing."""
     new_version: bool = False
-    """If the output belongs to another model or dtype, write into OUTPUT/versions/<fingerprint>/ beside its table."""
+    """If the output belongs to another model or dtype, write to OUTPUT/versions/<fingerprint>/ beside its table."""
     retry_errors: bool = False
-    """Compute again the shards that hold errors whose cause may be gone: missing or forbidden objects, failing storage,
-    decoders that were not installed, crashed or met their limits, items too large for the device, unexpected errors."""
+    """Compute again the shards that have errors whose cause may be gone: missing or forbidden objects, failing storage,
+    decoders that were not installed, crashed or reached their limits, items too large for the device, unexpected
+    errors."""
     verify: int = 0
-    """After the run, do so many sampled items again, each alone in float32, and say how many texts differ."""
+    """Items to sample after the run and transcribe again, each alone in float32; reports how many texts differ."""
     max_error_rate: float = 0.01
-    """Share of items that may end as error rows before the job exits with 3. Of crawled audio about 1 % is bad; more is
-    rather a wrong path, format or credential, which somebody should look at. A run stops early where of its first
-    thousand items, or later, more than half are errors, and more than this share."""
+    """Share of items that may become error rows before the job exits with 3. About 1 % of crawled audio is bad; a
+    higher share more likely means a wrong path, format or credential, which someone should look at. A run stops early
+    if, after a thousand items or more, over half of them are errors, and more than this share."""
     feature_actors: PoolOption | None = None
-    """CPU actors that read, decode and compute features; default from the cluster's CPUs."""
+    """Number of CPU actors that read, decode and compute features; default from the cluster's CPUs."""
     features: Literal["cpu", "gpu"] = "cpu"
-    """Where log-mel features are computed: by the feature actors; or by the model actors, which get 16-bit samples then
-    (float32 ones with dtype float32), so that fewer CPUs keep a GPU busy."""
+    """Where log-mel features are computed. cpu: by the feature actors. gpu: by the model actors, which then receive
+    16-bit samples (float32 samples with dtype float32), so that fewer CPUs keep a GPU busy."""
     model_actors: PoolOption | None = None
-    """Actors that run the model, one GPU each, or one CPU thread each; default from the cluster."""
+    """Number of actors that run the model, with one GPU or one CPU thread each; default from the cluster."""
     model_resource: str | None = None
-    """Ray resource that each model actor takes one of, beside a GPU on cuda: they go to the nodes that offer it."""
+    """Custom Ray resource of which each model actor takes one, in addition to a GPU on cuda: model actors are placed on
+    the nodes that offer it."""
     ray_address: str | None = None
-    """Cluster to join; default RAY_ADDRESS (set by `ray job submit`), else a new local one."""
+    """Cluster to join; default RAY_ADDRESS (set by `ray job submit`), else a new local cluster."""
 
     def __post_init__(self):
         super().__post_init__()
