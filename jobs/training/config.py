@@ -29,7 +29,7 @@ class FinetuneConfig(StorageConfig):
     train: tuple[str, ...]
     """Inputs with texts, in any layout of the transcription job, or outputs of that job (pseudo-labels)."""
     validation: tuple[str, ...]
-    """Inputs to measure the error rate on, none of them in --train."""
+    """Inputs to measure the error rate on; none of them may be in --train."""
     output: str
     """Folder for the model (OUTPUT/model/), checkpoints and report: a path or URL."""
     model: str | None = None
@@ -37,81 +37,83 @@ class FinetuneConfig(StorageConfig):
     model_config: str | None = None
     """Instead of --model: a config.json with an encoder_config, to start from random weights; needs --vocab-size."""
     vocab_size: int | None = None
-    """Make a new tokenizer of so many pieces from the training texts; the model's head then starts anew."""
+    """Number of pieces of a new tokenizer, built from the training texts; the model then gets a new head."""
     text_form: Literal["auto", "plain", "raw"] = "auto"
     """plain: lower case, letters, digits and apostrophes; auto: plain if the tokenizer has no capitals, else raw."""
     min_confidence: float = 0.9
-    """Of pseudo-labels: rows of a transcript table below it are left out."""
+    """Lowest confidence of pseudo-labels: rows of a transcript table below it are left out."""
     min_audio_s: float = 0.3
-    """Shorter utterances are left out of training."""
+    """Minimum seconds of an utterance; shorter ones are left out of training."""
     max_audio_s: float = 30.0
-    """Longer utterances are left out."""
+    """Maximum seconds of an utterance; longer ones are left out of training and validation."""
     allow_local_paths: bool = False
-    """Let a manifest in an object store name local files."""
+    """Allow a manifest in an object store to name local files."""
     allow_http: bool = False
-    """Let manifests name http(s) URLs of public hosts."""
+    """Allow manifests to name http(s) URLs of public hosts."""
 
     epochs: float = 10.0
     """Passes over the training set."""
     max_steps: int | None = None
     """Optimiser steps, instead of --epochs."""
     batch_audio_s: float = 320.0
-    """Audio per optimiser step, over all workers: the same whatever their number."""
+    """Seconds of audio per optimiser step, over all workers: the same whatever their number."""
     micro_batch_audio_s: float | None = None
-    """Padded audio that goes through one model at once; what a step holds beyond it is accumulated. Default 80 on a
-    CPU, 400 on a GPU."""
+    """Seconds of padded audio that go through one copy of the model at once; larger steps accumulate gradients. Default
+    80 on a CPU, 400 on a GPU."""
     learning_rate: float = 3e-4
-    """At its highest, after the warm-up."""
+    """Highest learning rate, reached after the warm-up."""
     schedule: Schedule = "cosine"
-    """cosine: to zero at the last step; noam: with the inverse square root of the step."""
+    """How the learning rate falls. cosine: to zero at the last step; noam: with the inverse square root of the step."""
     warmup_steps: int = 200
-    """Steps over which the rate rises."""
+    """Steps over which the learning rate rises."""
     weight_decay: float = 1e-3
-    """Of matrices and kernels."""
+    """Weight decay of matrices and kernels."""
     clip_norm: float = 1.0
-    """Longest gradient of a step."""
+    """Largest norm of a step's gradient; longer gradients are scaled down to it."""
     dropout: float | None = None
-    """All dropout rates of the encoder; default the checkpoint's."""
+    """One value for all dropout rates of the encoder; default: the checkpoint's rates."""
     freeze_batch_norm: bool = False
-    """Keep the statistics of BatchNorm as the checkpoint has them; for small batches and small changes of domain."""
+    """Keep BatchNorm's statistics from the checkpoint; for small batches and small changes of domain."""
     speed_factors: tuple[float, ...] = (0.9, 1.0, 1.1)
-    """Each utterance is played at one of these speeds, anew in every epoch; give 1 alone for none."""
+    """Speeds of which one is drawn for each utterance in every epoch; give only 1 for no change."""
     freq_masks: int = SpecAugment.freq_masks
-    """Bands of mel bins hidden in each utterance (SpecAugment)."""
+    """Number of bands of mel bins masked in each utterance (SpecAugment)."""
     freq_width: int = SpecAugment.freq_width
-    """Mel bins of a band, at most."""
+    """Maximum mel bins in one band."""
     time_masks: int = SpecAugment.time_masks
-    """Spans of time hidden in utterances of 10 s or more, fewer in shorter ones."""
+    """Number of time spans masked in utterances of 10 s or more; fewer in shorter ones."""
     time_width: float = SpecAugment.time_width
-    """Share of an utterance in one span, at most."""
+    """Maximum share of an utterance in one span."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the forward and backward pass; auto: bfloat16 on a GPU. Weights and their updates are float32."""
+    """Precision of the forward and backward pass. auto: bfloat16 on a GPU, else float32. Weights and their updates are
+    float32."""
     seed: int = 0
-    """Of initial weights, order of data, augmentation and dropout."""
+    """Seed of initial weights, order of data, augmentation and dropout."""
 
     log_steps: int = 20
-    """Steps between two lines of metrics."""
+    """Steps between two lines of training metrics."""
     validate_steps: int = 200
-    """Steps between two measurements of the error rate; there is one more at the end."""
+    """Steps between two measurements of the error rate; the last step is measured as well."""
     patience: int | None = None
-    """Stop after so many measurements in a row without a lower error rate."""
+    """Stop after this many measurements in a row without a lower error rate."""
     checkpoint_steps: int = 1000
-    """Steps between two checkpoints, at most."""
+    """Maximum steps between two checkpoints."""
     checkpoint_minutes: float = 10.0
-    """Minutes between two checkpoints, at most."""
+    """Maximum minutes between two checkpoints."""
     export_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of the weights in OUTPUT/model/."""
+    """Dtype of the weights in OUTPUT/model/."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: cuda if the cluster has a GPU now."""
+    """auto: cuda if the cluster has a GPU now, else cpu."""
     workers: int | None = None
-    """Copies of the model, one GPU each; default all GPUs of the cluster, or one on a CPU."""
+    """Number of workers, each with a copy of the model and one GPU; default: one per GPU of the cluster, or a single
+    worker on a CPU."""
     cpus_per_worker: int | None = None
-    """Threads of each worker, for the model on a CPU and for decoding and features; default from the cluster."""
+    """Threads of each worker, for the model (on a CPU), decoding and features; default from the cluster."""
     max_restarts: int = 3
-    """Times that the workers are started again, from the last checkpoint, after one of them was lost."""
+    """Maximum restarts of the workers, from the last checkpoint, after one of them was lost."""
     ray_address: str | None = None
-    """Cluster to join; default RAY_ADDRESS (set by `ray job submit`), else a new local one."""
+    """Cluster to join; default RAY_ADDRESS (set by `ray job submit`), else a new local cluster."""
 
     def __post_init__(self):
         super().__post_init__()
