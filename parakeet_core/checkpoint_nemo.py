@@ -20,6 +20,7 @@ from parakeet_core.checkpoint import CheckpointSource, layer_count, sha256_of
 from parakeet_core.checkpoint_hf import typed_dataclass
 from parakeet_core.config import EncoderConfig, FrontendConfig, ModelConfig
 from parakeet_core.errors import CheckpointError
+from parakeet_core.features import LOG_GUARD
 from parakeet_core.tokenizer import SentencePieceTokenizer, check_pieces
 
 CONFIG, WEIGHTS = "model_config.yaml", "model_weights.ckpt"
@@ -133,6 +134,7 @@ IMPLEMENTED = {  # option -> values that are implemented; the first is also what
     "preprocessor.window": ("hann",),
     "preprocessor.log": (True,),
     "preprocessor.log_zero_guard_type": ("add",),
+    "preprocessor.log_zero_guard_value": (LOG_GUARD,),
     "preprocessor.mag_power": (2.0,),
     "preprocessor.frame_splicing": (1,),
     "preprocessor.exact_pad": (False,),

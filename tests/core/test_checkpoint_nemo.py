@@ -105,6 +105,7 @@ REFUSED = {
     "preprocessor.window": "hamming",
     "preprocessor.log": False,
     "preprocessor.log_zero_guard_type": "clamp",
+    "preprocessor.log_zero_guard_value": "eps",
     "preprocessor.mag_power": 1.0,
     "preprocessor.frame_splicing": 3,
     "preprocessor.exact_pad": True,
@@ -135,6 +136,14 @@ def test_option_that_is_not_implemented(tmp_path, model, option, value):
 def test_attention_contexts_of_streaming_models(tmp_path, model, context):
     assert "encoder.att_context_size" in refusal(
         write_nemo(tmp_path / "m.nemo", model, {"encoder.att_context_size": context})
+    )
+
+
+def test_the_guard_of_the_logarithm_may_be_spelled_out(tmp_path, model):
+    path = write_nemo(tmp_path / "m.nemo", model, {"preprocessor.log_zero_guard_value": 5.960464477539063e-08})
+    assert_same_model(load_checkpoint(path), model)
+    assert "log_zero_guard_value 1e-05" in refusal(
+        write_nemo(tmp_path / "m.nemo", model, {"preprocessor.log_zero_guard_value": 0.00001})
     )
 
 
