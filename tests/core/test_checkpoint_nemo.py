@@ -71,6 +71,19 @@ def test_options_that_nemo_leaves_out(tmp_path):
     assert_same_model(load_checkpoint(write_nemo(tmp_path / "m.nemo", model, changes)), model)
 
 
+def test_defaults_are_those_of_nemo(tmp_path):
+    """Of its ConformerEncoder and AudioToMelSpectrogramPreprocessor, which differ from the reference's."""
+    model = small_model(seed=6, mels=64, subsampling_channels=32, subsampling_factor=4)
+    left_out = ["n_heads", "subsampling_factor", "subsampling_conv_channels", "dropout_emb", "dropout_att"]
+    changes = dict.fromkeys(f"encoder.{name}" for name in left_out)
+    changes |= dict.fromkeys(f"preprocessor.{name}" for name in ("sample_rate", "window_size", "features", "n_fft"))
+    checkpoint = load_checkpoint(write_nemo(tmp_path / "m.nemo", model, changes))
+    assert_same_model(checkpoint, model)
+    encoder, frontend = checkpoint.config.encoder, checkpoint.config.frontend
+    assert (encoder.dropout_positions, encoder.attention_dropout, encoder.layerdrop) == (0.1, 0.0, 0.0)
+    assert (frontend.win_length, frontend.hop_length, frontend.n_fft) == (320, 160, 512)
+
+
 def test_preemphasis_can_be_off(tmp_path, model):
     """In NeMo, too, null means that there is no filter."""
     content = write_nemo(tmp_path / "m.nemo", model, {"preprocessor.preemph": "null"}).read_bytes()
@@ -82,6 +95,9 @@ def test_windows_are_in_seconds(tmp_path, model):
     changes = {"preprocessor.window_size": 0.02, "preprocessor.window_stride": 0.005, "preprocessor.preemph": 0.9}
     frontend = load_checkpoint(write_nemo(tmp_path / "m.nemo", model, changes)).config.frontend
     assert (frontend.win_length, frontend.hop_length, frontend.preemphasis) == (320, 80, 0.9)
+    changes = {"preprocessor.sample_rate": 22050, "preprocessor.window_stride": 0.0125, "preprocessor.n_fft": 1024}
+    frontend = load_checkpoint(write_nemo(tmp_path / "m.nemo", model, changes)).config.frontend
+    assert (frontend.win_length, frontend.hop_length) == (551, 275)  # of 551.25 and 275.625 samples
 
 
 def test_dropout_rates_are_read(tmp_path, model):
