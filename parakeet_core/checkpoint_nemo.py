@@ -185,7 +185,10 @@ def _weights(path: Path, archive: tarfile.TarFile, members: dict, hybrid: bool) 
 
 
 def _is_dense(value: object) -> bool:
-    return isinstance(value, Tensor) and value.layout is torch.strided and not (value.is_meta or value.is_nested)
+    """Whether it is a tensor with a number of its own for each element: a view may make terabytes of one number."""
+    if not isinstance(value, Tensor) or value.layout is not torch.strided or value.is_meta or value.is_nested:
+        return False
+    return value.nbytes <= value.untyped_storage().nbytes()
 
 
 def _our_name(name: str) -> str:

@@ -241,7 +241,8 @@ def test_pickled_objects_are_refused_unexecuted(tmp_path, model, form):
 
 
 def test_weights_that_are_no_mapping_of_tensors(tmp_path, model):
-    for content in ([torch.zeros(3)], {"a": 1}, torch.zeros(2), {"a": {"b": torch.zeros(1)}}):
+    stretched = torch.zeros(1).expand(1 << 40)  # 4 TiB of one number
+    for content in ([torch.zeros(3)], {"a": 1}, torch.zeros(2), {"a": {"b": torch.zeros(1)}}, {"a": stretched}):
         buffer = io.BytesIO()
         torch.save(content, buffer)
         path = write_nemo(tmp_path / "m.nemo", model, weights=buffer.getvalue())
