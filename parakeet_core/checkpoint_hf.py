@@ -69,7 +69,7 @@ def read_hf_directory(path: Path) -> CheckpointSource:
     shapes = _shapes(path, names)
     model_config = _model_config(path, config, shapes)
     tokenizer = _tokenizer(path)
-    check_pieces(tokenizer, model_config.vocab_size, str(path))
+    check_pieces(tokenizer, model_config.vocab_size, str(path), model_config.blank_id)
     return CheckpointSource(
         model_config, tokenizer, shapes, lambda: _tensors(path, names, shapes), lambda: _digest(path, files)
     )

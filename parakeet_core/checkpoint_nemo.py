@@ -148,6 +148,8 @@ IMPLEMENTED = {  # option -> values that are implemented; the first is also what
     "encoder.conv_norm_type": ("batch_norm",),
     "encoder.conv_context_size": ("symmetric",),
     "encoder.feat_out": (-1,),
+    "decoder.add_blank": (True,),
+    "aux_ctc.decoder.add_blank": (True,),
 }
 
 

@@ -108,14 +108,18 @@ def load_tokenizer(path: Path) -> Tokenizer:
     return SentencePieceTokenizer(content, path.name)
 
 
-def check_pieces(tokenizer: Tokenizer, vocab_size: int, name: str) -> None:
-    """Refuse a tokenizer that lacks a text for ids the model emits; the blank, the last id, may be left out.
+def check_pieces(tokenizer: Tokenizer, vocab_size: int, name: str, blank_id: int | None = None) -> None:
+    """Refuse a tokenizer that lacks a text for ids the model emits; the blank may be left out where it is the last id.
+
+    Args:
+        blank_id: by default the last id.
 
     Raises:
         CheckpointError: tokenizer and model do not belong together.
     """
-    if not vocab_size - 1 <= len(tokenizer.pieces) <= vocab_size:
+    enough = [vocab_size - 1, vocab_size] if blank_id in (None, vocab_size - 1) else [vocab_size]
+    if len(tokenizer.pieces) not in enough:
         raise CheckpointError(
             f"{name}: the tokenizer has {len(tokenizer.pieces)} pieces, the model {vocab_size} outputs with blank; "
-            f"expected {vocab_size - 1} or {vocab_size} pieces"
+            f"expected {' or '.join(map(str, enough))} pieces"
         )

@@ -98,6 +98,14 @@ def test_sentencepiece_model_in_place_of_the_json(directory):
     assert load_checkpoint(directory).tokenizer.decode([1, 2]) is not None
 
 
+def test_only_a_blank_that_is_last_needs_no_piece(directory):
+    edit_json(directory / "config.json", {"pad_token_id": 0})
+    assert load_checkpoint(directory).config.blank_id == 0  # 129 pieces
+    (directory / "tokenizer.json").unlink()
+    shutil.copyfile(TINY_EN / "tokenizer.model", directory / "tokenizer.model")
+    assert "expected 129 pieces" in refusal(directory)
+
+
 def test_kernel_is_taken_from_the_weights(tmp_path):
     model = small_model(conv_kernel=31)
     path = write_hf(tmp_path, model)

@@ -136,6 +136,8 @@ REFUSED = {
     "encoder.conv_norm_type": "layer_norm",
     "encoder.conv_context_size": "causal",
     "encoder.feat_out": 512,
+    "decoder.add_blank": False,
+    "aux_ctc.decoder.add_blank": False,
     "encoder.att_context_size": [128, 128],
 }
 
