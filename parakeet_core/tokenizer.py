@@ -43,6 +43,8 @@ class TokenizerJson:
         self._name = name
         with self._library_errors():
             self._tokenizer = tokenizers.Tokenizer.from_str(content)
+            self._tokenizer.no_truncation()  # what a file asks for in this way is for batches of text
+            self._tokenizer.no_padding()
             size = self._tokenizer.get_vocab_size()
             self.pieces = [self._tokenizer.id_to_token(i) or "" for i in range(size)]
             self._tokenizer.decode(list(range(size)))  # damage in the decoder shows only here

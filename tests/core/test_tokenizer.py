@@ -1,12 +1,14 @@
 """Both tokenizer formats behind one interface, and files that are neither."""
 
+import json
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from small_models import TINY_EN
 
 from parakeet_core.errors import CheckpointError
-from parakeet_core.tokenizer import check_pieces, load_tokenizer
+from parakeet_core.tokenizer import TokenizerJson, check_pieces, load_tokenizer
 
 WORDS = st.lists(st.text("abcdefghijklmnopqrstuvwxyz'", min_size=1, max_size=8), max_size=6).map(" ".join)
 
@@ -30,6 +32,17 @@ def test_pieces_are_by_id(both):
     assert from_json.pieces[:128] == from_model.pieces
     for text in ("please hold", "one two"):
         assert "".join(from_json.pieces[i] for i in from_json.encode(text)).replace("▁", " ").strip() == text
+
+
+def test_truncation_and_padding_of_the_file_are_left_out(both):
+    """transformers leaves them out too; labels would be cut, or filled with blanks."""
+    content = json.loads(both[0].content())
+    content["truncation"] = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
+    content["padding"] = {
+        "strategy": {"Fixed": 12}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 128, "pad_type_id": 0,
+        "pad_token": "<pad>",
+    }  # fmt: skip
+    assert TokenizerJson(json.dumps(content)).encode("please hold the line") == both[0].encode("please hold the line")
 
 
 def test_empty_text(both):
