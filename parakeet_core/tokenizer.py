@@ -1,5 +1,6 @@
 """Token ids <-> text, over the two tokenizer formats that checkpoints carry. Knows nothing of CTC or of checkpoints."""
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ class Tokenizer(Protocol):
     """What the rest of the code asks of a tokenizer."""
 
     pieces: list[str]  # by id
+    unknown_id: int | None  # of the piece for characters that have none; None: such characters are left out
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`."""
@@ -48,6 +50,9 @@ class TokenizerJson:
             size = self._tokenizer.get_vocab_size()
             self.pieces = [self._tokenizer.id_to_token(i) or "" for i in range(size)]
             self._tokenizer.decode(list(range(size)))  # damage in the decoder shows only here
+            model = json.loads(content)["model"]
+            unknown = model.get("unk_token")
+            self.unknown_id = model.get("unk_id") if unknown is None else self._tokenizer.token_to_id(unknown)
 
     @contextmanager
     def _library_errors(self) -> Iterator[None]:
@@ -86,6 +91,7 @@ class SentencePieceTokenizer:
         try:
             self._processor.LoadFromSerializedProto(content)
             self.pieces = [self._processor.IdToPiece(i) for i in range(self._processor.GetPieceSize())]
+            self.unknown_id = self._processor.unk_id()
         except (RuntimeError, UnicodeDecodeError) as error:
             raise CheckpointError(f"{name}: not a SentencePiece model ({error})") from error
 

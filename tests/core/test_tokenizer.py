@@ -45,6 +45,17 @@ def test_truncation_and_padding_of_the_file_are_left_out(both):
     assert TokenizerJson(json.dumps(content)).encode("please hold the line") == both[0].encode("please hold the line")
 
 
+def test_unknown_piece_by_any_name(both):
+    content = both[0].content()
+    assert [tokenizer.unknown_id for tokenizer in both] == [0, 0]
+    assert TokenizerJson(content.replace('"<unk>"', '"[UNK]"')).unknown_id == 0
+    without = json.loads(content)
+    without["model"]["unk_token"] = None
+    assert TokenizerJson(json.dumps(without)).unknown_id is None
+    unigram = {"type": "Unigram", "unk_id": 1, "vocab": [["▁", 0.0], ["?", 0.0], ["a", -1.0]], "byte_fallback": False}
+    assert TokenizerJson(json.dumps(without | {"model": unigram, "added_tokens": []})).unknown_id == 1
+
+
 def test_empty_text(both):
     for tokenizer in both:
         assert tokenizer.encode("") == []

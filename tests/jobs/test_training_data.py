@@ -12,11 +12,11 @@ from training_samples import PLAIN, make_task, prepare, prompt_manifest, train, 
 from jobs.finetune import share_nodes
 from jobs.storage.files import Storage
 from jobs.training.data import PreparedAudio
-from jobs.training.labels import ctc_frames, label_utterances, plain_text
+from jobs.training.labels import ctc_frames, label_utterances, lacks_pieces, plain_text
 from jobs.training.metrics import ErrorCounts, read_metrics
 from jobs.transcribe import run
 from parakeet_core import ConfigError, decode_audio
-from parakeet_core.tokenizer import load_tokenizer
+from parakeet_core.tokenizer import TokenizerJson, load_tokenizer
 from parakeet_core.tokenizer_training import train_tokenizer
 
 
@@ -150,6 +150,15 @@ def test_workers_without_a_place_are_told_of(tmp_path, capsys):
     config = training_config(str(tmp_path / "a"), "b", tmp_path, device="cuda", workers=4)
     share_nodes(config, [{"CPU": 8.0, "GPU": 1.0}])
     assert "places for 1 of 4 workers" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("replaced", [("<unk>", "[UNK]"), ('"unk_token": "<unk>"', '"unk_token": null')], ids=str)
+def test_unknown_characters_whatever_the_tokenizer_does_with_them(replaced):
+    """It may call them by any name, or leave them out."""
+    content = (TINY_EN / "tokenizer.json").read_text(encoding="utf-8")
+    tokenizer = TokenizerJson(content.replace(*replaced))
+    assert lacks_pieces("größer", tokenizer.encode("größer"), tokenizer)
+    assert not lacks_pieces("please hold", tokenizer.encode("please hold"), tokenizer)
 
 
 def test_repeats_need_a_blank_between():
