@@ -121,7 +121,7 @@ class TrainingRun:
             world,
             task.threads,
         )
-        self.total_steps = config.max_steps or round(config.epochs * self.batches.steps_per_epoch())
+        self.total_steps = config.max_steps or max(1, round(config.epochs * self.batches.steps_per_epoch()))
         self.rate = LearningRate(config.learning_rate, config.warmup_steps, self.total_steps, config.schedule)
         half = config.precision == "bfloat16" or (config.precision == "auto" and device.type == "cuda")
         self.autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=half)

@@ -112,6 +112,11 @@ def test_a_finished_run_stays_as_it_is(manifests, tmp_path):
     assert [line["step"] for line in measurements(read_metrics(again.task.output))] == [0, 2]
 
 
+def test_the_smallest_part_of_an_epoch_is_one_step(manifests, tmp_path):
+    run = train(training_config(*manifests, tmp_path / "out", epochs=0.1))
+    assert read_progress(run.task.output).step == 1
+
+
 def test_accumulated_passes_equal_one(manifests, tmp_path):
     """A step of one pass, and of one pass per utterance. BatchNorm keeps its statistics, which passes do not share."""
     options = PLAIN | {"max_steps": 3, "batch_audio_s": 30, "warmup_steps": 1, "freeze_batch_norm": True}
