@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from dataclasses import asdict, dataclass
 from typing import Literal
 
@@ -135,8 +136,12 @@ class FinetuneConfig(StorageConfig):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ConfigError(f"--{name.replace('_', '-')} {value}: expected more than 0")
-        if self.seed < 0:
-            raise ConfigError(f"--seed {self.seed}: expected 0 or more")
+        for name in ("weight_decay", "freq_masks", "freq_width", "time_masks", "warmup_steps", "min_audio_s", "seed"):
+            value = getattr(self, name)
+            if not value >= 0:
+                raise ConfigError(f"--{name.replace('_', '-')} {value}: expected 0 or more")
+        if self.epochs == math.inf or self.seed >= 1 << 63:
+            raise ConfigError(f"--epochs {self.epochs} --seed {self.seed}: expected finite epochs, a seed under 2^63")
         for name in ("min_confidence", "time_width", "dropout"):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:

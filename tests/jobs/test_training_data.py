@@ -231,6 +231,10 @@ def test_error_counts():
         ({"speed_factors": (0.0, 1.0)}, "--speed-factors"),
         ({"dropout": 2.0}, "--dropout 2.0: expected 0 to 1"),
         ({"seed": -1}, "--seed -1: expected 0 or more"),
+        ({"seed": 1 << 63}, "a seed under 2"),
+        ({"weight_decay": -0.1}, "--weight-decay -0.1: expected 0 or more"),
+        ({"freq_width": -1}, "--freq-width -1: expected 0 or more"),
+        ({"epochs": float("inf")}, "--epochs inf"),
     ],
     ids=lambda value: "" if isinstance(value, str) else "-".join(value),
 )
