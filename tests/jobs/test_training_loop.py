@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import socket
+import time
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +15,9 @@ from safetensors.torch import load_file
 from small_models import hf_config, small_config, write_json
 from training_samples import PLAIN, make_task, prompt_manifest, train, training_config
 
-from jobs.training.batches import Position, TrainingBatches, epoch_batches
+from jobs.training.batches import Position, Step, TrainingBatches, epoch_batches
 from jobs.training.checkpoint import list_checkpoints, load_checkpoint_into, read_progress, save_checkpoint
-from jobs.training.loop import TrainingRun, build_model
+from jobs.training.loop import StepTally, TrainingRun, build_model
 from jobs.training.metrics import measurements, read_metrics
 from parakeet_core import CheckpointError, ConfigError, Transcriber
 from parakeet_core.training import LearningRate
@@ -115,6 +116,17 @@ def test_a_finished_run_stays_as_it_is(manifests, tmp_path):
 def test_the_smallest_part_of_an_epoch_is_one_step(manifests, tmp_path):
     run = train(training_config(*manifests, tmp_path / "out", epochs=0.1))
     assert read_progress(run.task.output).step == 1
+
+
+def test_speed_is_that_of_the_steps():
+    """Whatever the measurements between them take."""
+    tally, step = StepTally(), Step([], 1, 1.0, Position())
+    time.sleep(0.1)
+    tally.add(torch.zeros(()), step, 1.0)
+    time.sleep(0.5)
+    tally.leave_out_pause()
+    tally.add(torch.zeros(()), step, 1.0)
+    assert 0.1 <= tally.seconds < 0.5
 
 
 def test_accumulated_passes_equal_one(manifests, tmp_path):
