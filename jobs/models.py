@@ -154,8 +154,11 @@ def _from_hub(name: str) -> Path:
             f"model {name}: no such path; to fetch it as a Hugging Face model id: pip install 'parakeet-batch[hub]'"
         ) from error
     try:
-        patterns = [f"*{ending}" for ending in CHECKPOINT_FILES]
+        # Most repositories hold the weights in both forms: the archive is fetched where there is no directory.
+        patterns = [f"*{ending}" for ending in CHECKPOINT_FILES if ending != ".nemo"]
         folder = huggingface_hub.snapshot_download(name, allow_patterns=patterns)
+        if not (Path(folder) / "config.json").exists():
+            folder = huggingface_hub.snapshot_download(name, allow_patterns=["*.nemo"])
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise CheckpointError(
             f"model {name}: no such path, and the Hugging Face hub does not give it ({type(error).__name__}); "

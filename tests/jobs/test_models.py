@@ -1,6 +1,7 @@
 """Models from a path, from an object store through the node's cache, and from ids that cannot be fetched here."""
 
 import shutil
+from fnmatch import fnmatch
 
 import pytest
 from job_layouts import TINY_EN
@@ -65,6 +66,23 @@ def test_a_nemo_archive_behind_a_url(cache, s3_server, pytestconfig):
     shutil.copy(archive, s3_server.folder / bucket / "tiny_a.nemo")
     model = resolve_model(f"s3://{bucket}/tiny_a.nemo", s3_server.options)
     assert model.config.encoder.n_layers == 2
+
+
+@pytest.mark.parametrize("config_there", [True, False])
+def test_a_hub_repository_is_fetched_in_one_form(config_there, tmp_path, monkeypatch):
+    """The archive of one that has both would be as many gigabytes again."""
+    files = ["model.nemo", "model.safetensors", "tokenizer.json"] + ["config.json"] * config_there
+
+    def fetch(name: str, allow_patterns: list[str]) -> str:
+        for file in files:
+            if any(fnmatch(file, pattern) for pattern in allow_patterns):
+                (tmp_path / file).touch()
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    found = local_model("some/model", StorageOptions())
+    assert found == (tmp_path if config_there else tmp_path / "model.nemo")
+    assert (tmp_path / "model.nemo").exists() != config_there
 
 
 @pytest.mark.parametrize(
