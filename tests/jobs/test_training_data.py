@@ -14,6 +14,7 @@ from jobs.storage.files import Storage
 from jobs.training.data import PreparedAudio
 from jobs.training.labels import ctc_frames, label_utterances, lacks_pieces, plain_text
 from jobs.training.metrics import ErrorCounts, read_metrics
+from jobs.training.setup import architecture
 from jobs.transcribe import run
 from parakeet_core import ConfigError, decode_audio
 from parakeet_core.tokenizer import TokenizerJson, load_tokenizer
@@ -159,6 +160,17 @@ def test_unknown_characters_whatever_the_tokenizer_does_with_them(replaced):
     tokenizer = TokenizerJson(content.replace(*replaced))
     assert lacks_pieces("größer", tokenizer.encode("größer"), tokenizer)
     assert not lacks_pieces("please hold", tokenizer.encode("please hold"), tokenizer)
+
+
+@pytest.mark.parametrize(("given", "used"), [(0.0, 0.0), (0.05, 0.05), (0.5, 0.2)])
+def test_dropout_is_that_of_all_rates(given, used, tmp_path):
+    """Rates that a model may do without, of positions and of layers, are made smaller only."""
+    rates = {"hidden_size": 32, "num_attention_heads": 4, "layerdrop": 0.2, "dropout_positions": 0.2, "dropout": 0.1}
+    (tmp_path / "config.json").write_text(json.dumps({"encoder_config": rates}))
+    options = {"model_config": str(tmp_path / "config.json"), "vocab_size": 9, "dropout": given}
+    encoder, _ = architecture(training_config("a", "b", tmp_path / "out", **options), None)
+    assert (encoder.dropout, encoder.activation_dropout, encoder.attention_dropout) == (given, given, given)
+    assert (encoder.dropout_positions, encoder.layerdrop) == (used, used)
 
 
 def test_repeats_need_a_blank_between():
