@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Literal
 
 from jobs.config import StorageConfig
+from jobs.storage.connections import scrub
 from parakeet_core.augment import SpecAugment
 from parakeet_core.errors import ConfigError
 from parakeet_core.training import Schedule
@@ -153,8 +154,14 @@ class FinetuneConfig(StorageConfig):
         return SpecAugment(self.freq_masks, self.freq_width, self.time_masks, self.time_width)
 
     def decisive_options(self) -> dict:
-        """The options that a resumed run must share with the run it continues."""
-        return {name: value for name, value in asdict(self).items() if name in _DECISIVE}
+        """The options that a resumed run must share with the run it continues; they are written down, so without the
+        secrets that URLs can carry."""
+        options = {name: value for name, value in asdict(self).items() if name in _DECISIVE}
+        options |= {name: tuple(self._scrubbed(url) for url in options[name]) for name in ("train", "validation")}
+        return options | {name: self._scrubbed(options[name]) for name in ("model", "model_config")}
+
+    def _scrubbed(self, url: str | None) -> str | None:
+        return None if url is None else scrub(url, self.storage())
 
     def fingerprint(self, weights_sha256: str) -> str:
         """Of what decides the result besides the data.

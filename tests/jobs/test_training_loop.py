@@ -5,6 +5,7 @@ import os
 import socket
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,10 +16,12 @@ from safetensors.torch import load_file
 from small_models import hf_config, small_config, write_json
 from training_samples import PLAIN, make_task, prompt_manifest, train, training_config
 
+from jobs.storage.files import Storage
 from jobs.training.batches import Position, Step, TrainingBatches, epoch_batches
 from jobs.training.checkpoint import list_checkpoints, load_checkpoint_into, read_progress, save_checkpoint
 from jobs.training.loop import StepTally, TrainingRun, build_model
 from jobs.training.metrics import measurements, read_metrics
+from jobs.training.setup import RUN_FILE, claim_output
 from parakeet_core import CheckpointError, ConfigError, Transcriber
 from parakeet_core.training import LearningRate
 
@@ -251,6 +254,19 @@ def test_other_options_are_refused_in_the_same_output(manifests, tmp_path):
     with pytest.raises(ConfigError, match="learning_rate 0.0003 there, 0.1 here"):
         make_task(dataclasses.replace(config, learning_rate=0.1))
     make_task(dataclasses.replace(config, workers=3, checkpoint_steps=7))  # what does not decide the result may differ
+
+
+def test_secrets_of_urls_are_not_written_down(manifests, tmp_path):
+    """And what changes with a new signature does not make another run of it."""
+    signed = "https://host/{}?X-Amz-Signature=canary{}"
+    config = training_config(*manifests, tmp_path / "out")
+    output = Storage(config.output, config.storage())
+    for number in range(2):
+        urls = {name: (signed.format(name, number), "sftp://me:canary@host/more") for name in ("train", "validation")}
+        urls["validation"] = urls["validation"][:1]
+        config = dataclasses.replace(config, **urls, model=signed.format("model.nemo", number))
+        claim_output(output, config, SimpleNamespace(digest="0" * 64))
+    assert b"canary" not in output.read_bytes(RUN_FILE)
 
 
 def test_a_damaged_checkpoint_is_named(manifests, tmp_path):
