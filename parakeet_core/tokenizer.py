@@ -17,7 +17,7 @@ WORD_START = "▁"  # U+2581, SentencePiece's mark for the space before a word
 class Tokenizer(Protocol):
     """What the rest of the code asks of a tokenizer."""
 
-    pieces: list[str]  # by id
+    pieces: list[str]  # by id, spaces as word marks
     unknown_id: int | None  # of the piece for characters that have none; None: such characters are left out
 
     def encode(self, text: str) -> list[int]:
@@ -50,8 +50,11 @@ class TokenizerJson:
             size = self._tokenizer.get_vocab_size()
             self.pieces = [self._tokenizer.id_to_token(i) or "" for i in range(size)]
             self._tokenizer.decode(list(range(size)))  # damage in the decoder shows only here
-            model = json.loads(content)["model"]
-            unknown = model.get("unk_token")
+            record = json.loads(content)
+            if (record.get("decoder") or {}).get("type") == "ByteLevel":  # letters stand for bytes
+                texts = (self._tokenizer.decoder.decode([piece]) for piece in self.pieces)
+                self.pieces = [text.replace(" ", WORD_START) for text in texts]
+            model, unknown = record["model"], record["model"].get("unk_token")
             self.unknown_id = model.get("unk_id") if unknown is None else self._tokenizer.token_to_id(unknown)
 
     @contextmanager
