@@ -1,6 +1,7 @@
 """The training loop in this process: it learns, it resumes exactly, and how a batch is split does not matter."""
 
 import dataclasses
+import json
 import os
 import socket
 import time
@@ -273,6 +274,12 @@ def test_a_damaged_checkpoint_is_named(manifests, tmp_path):
     run = train(training_config(*manifests, tmp_path / "out", max_steps=2, checkpoint_steps=1, batch_audio_s=9))
     output = run.task.output
     assert list_checkpoints(output) == [1, 2]
+    record = json.loads(output.read_bytes("checkpoints/step-00000002.json"))
+    for damage in ({"progress": {}}, {"progress": record["progress"] | {"later": 1}}, {"files": [{}]}):
+        write_json(tmp_path / "out" / "checkpoints" / "step-00000002.json", record | damage)
+        with pytest.raises(CheckpointError, match="step-00000002.json: .*delete it to go on"):
+            read_progress(output)
+    write_json(tmp_path / "out" / "checkpoints" / "step-00000002.json", record)
     path = next((tmp_path / "out" / "checkpoints").glob("step-00000002-*.safetensors"))
     path.write_bytes(path.read_bytes()[:-1] + b"\0")
     with pytest.raises(CheckpointError, match="step-00000002.json: .*delete it to go on"):
