@@ -162,8 +162,8 @@ def _from_hub(name: str) -> Path:
     try:
         for patterns in ([f"*{ending}" for ending in CHECKPOINT_FILES if ending != ".nemo"], ["*.nemo"]):
             folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
-            if any(folder.glob("*.safetensors")):  # else an older repository: an archive of gigabytes, and nothing else
-                break
+            if (folder / "config.json").exists() and any(folder.glob("*.safetensors")):
+                break  # most repositories also hold the archive: as many gigabytes again
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise CheckpointError(
             f"model {name}: no such path, and the Hugging Face hub does not give it ({type(error).__name__}); "

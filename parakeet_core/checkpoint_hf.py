@@ -71,7 +71,7 @@ def read_hf_directory(path: Path) -> CheckpointSource:
     model_config = _model_config(path, config, frontend, shapes)
     tokenizer_file = _tokenizer_file(path)
     tokenizer = load_tokenizer(path / tokenizer_file)
-    check_pieces(tokenizer, model_config.vocab_size, str(path))
+    check_pieces(tokenizer, model_config.vocab_size, str(path), model_config.blank_id)
     decisive = {name: _sha256(path / name) for name in (CONFIG, frontend_file, tokenizer_file)}
     return CheckpointSource(
         model_config, tokenizer, shapes, lambda: _tensors(path, names, shapes), lambda: _digest(path, files), decisive
@@ -98,13 +98,7 @@ def _model_config(
     if config.get("model_type") != "parakeet_ctc" or not isinstance(encoder, dict):
         refused.append(f"model_type {config.get('model_type')!r} (expected 'parakeet_ctc' with its encoder_config)")
         encoder = {}
-    if encoder.get("hidden_act", "silu") != "silu":
-        refused.append(f"activation {encoder['hidden_act']!r} (expected 'silu')")
-    heads = encoder.get("num_attention_heads", EncoderConfig.n_heads)
-    if encoder.get("num_key_value_heads", heads) != heads:
-        refused.append(f"{encoder['num_key_value_heads']} key-value heads for {heads} heads (expected as many)")
-    if refused:
-        raise CheckpointError(f"{path}/config.json: not implemented: {'; '.join(refused)}")
+    _refuse(refused + _unlike_ours(encoder), f"{path}/config.json")
     found_layers = layer_count(shapes)
     if encoder.get("num_hidden_layers", EncoderConfig.n_layers) != found_layers:
         raise CheckpointError(
@@ -119,11 +113,34 @@ def _model_config(
     return typed_dataclass(ModelConfig, config, MODEL_KEYS, where, **built)
 
 
+def _unlike_ours(encoder: dict) -> list[str]:
+    """What an encoder_config asks for that `EncoderConfig` cannot say."""
+    found = []
+    if encoder.get("hidden_act", "silu") != "silu":
+        found.append(f"activation {encoder['hidden_act']!r} (expected 'silu')")
+    heads = encoder.get("num_attention_heads", EncoderConfig.n_heads)
+    if encoder.get("num_key_value_heads", heads) != heads:
+        found.append(f"{encoder['num_key_value_heads']} key-value heads for {heads} heads (expected as many)")
+    return found
+
+
+def _refuse(reasons: list[str], where: str) -> None:
+    if reasons:
+        raise CheckpointError(f"{where}: not implemented: {'; '.join(reasons)}")
+
+
 def read_encoder_config(path: Path) -> EncoderConfig:
-    """The encoder that a config.json describes, without weights beside it. Raises CheckpointError."""
+    """The encoder that a config.json describes, without weights beside it.
+
+    Raises:
+        CheckpointError: it has no encoder_config and is none, or asks for what is not implemented.
+    """
     config = _read_json(path)
     encoder = config.get("encoder_config", config)
-    return typed_dataclass(EncoderConfig, encoder if isinstance(encoder, dict) else {}, ENCODER_KEYS, str(path))
+    if not isinstance(encoder, dict) or not encoder.keys() & ENCODER_KEYS.values():
+        raise CheckpointError(f"{path}: no encoder; expected a config.json with an encoder_config")
+    _refuse(_unlike_ours(encoder), str(path))
+    return typed_dataclass(EncoderConfig, encoder, ENCODER_KEYS, str(path))
 
 
 def _frontend_config(path: Path) -> tuple[str, FrontendConfig]:

@@ -21,6 +21,7 @@ from parakeet_core.checkpoint import CheckpointSource, layer_count, sha256_of
 from parakeet_core.checkpoint_hf import typed_dataclass
 from parakeet_core.config import EncoderConfig, FrontendConfig, ModelConfig
 from parakeet_core.errors import CheckpointError
+from parakeet_core.features import LOG_GUARD
 from parakeet_core.tokenizer import SentencePieceTokenizer, check_pieces
 
 CONFIG, WEIGHTS = "model_config.yaml", "model_weights.ckpt"
@@ -136,6 +137,7 @@ IMPLEMENTED = {  # option -> values that are implemented; the first is also what
     "preprocessor.window": ("hann",),
     "preprocessor.log": (True,),
     "preprocessor.log_zero_guard_type": ("add",),
+    "preprocessor.log_zero_guard_value": (LOG_GUARD,),
     "preprocessor.mag_power": (2.0,),
     "preprocessor.frame_splicing": (1,),
     "preprocessor.exact_pad": (False,),
@@ -149,6 +151,8 @@ IMPLEMENTED = {  # option -> values that are implemented; the first is also what
     "encoder.conv_norm_type": ("batch_norm",),
     "encoder.conv_context_size": ("symmetric",),
     "encoder.feat_out": (-1,),
+    "decoder.add_blank": (True,),
+    "aux_ctc.decoder.add_blank": (True,),
 }
 
 
@@ -186,7 +190,10 @@ def _weights(path: Path, archive: tarfile.TarFile, members: dict, hybrid: bool) 
 
 
 def _is_dense(value: object) -> bool:
-    return isinstance(value, Tensor) and value.layout is torch.strided and not (value.is_meta or value.is_nested)
+    """Whether it is a tensor with a number of its own for each element: a view may make terabytes of one number."""
+    if not isinstance(value, Tensor) or value.layout is not torch.strided or value.is_meta or value.is_nested:
+        return False
+    return value.nbytes <= value.untyped_storage().nbytes()
 
 
 def _our_name(name: str) -> str:
@@ -195,10 +202,18 @@ def _our_name(name: str) -> str:
     return name
 
 
+# What NeMo takes for an option that a section leaves out, where our own default is another.
+ENCODER_DEFAULTS = {
+    "subsampling_factor": 4, "subsampling_conv_channels": -1, "n_heads": 4, "xscaling": True, "dropout_emb": 0.1,
+    "dropout_att": 0.0, "stochastic_depth_drop_prob": 0.0,
+}  # fmt: skip
+PREPROCESSOR_DEFAULTS = {"sample_rate": 16000, "window_size": 0.02, "window_stride": 0.01, "features": 64}
+
+
 def _model_config(path: Path, config: dict, shapes: dict[str, tuple[int, ...]]) -> ModelConfig:
     """From the YAML where it says, and from the tensors where NeMo leaves an option out or derives it."""
     where = f"{path}: {CONFIG}"
-    encoder = dict(config["encoder"])
+    encoder = ENCODER_DEFAULTS | config["encoder"]
     head, depthwise = shapes.get("ctc_head.weight", ()), shapes.get("encoder.layers.0.conv.depthwise_conv.weight", ())
     feed_forward = shapes.get("encoder.layers.0.feed_forward1.linear1.weight", ())
     if len(head) != 3 or len(depthwise) != 3 or len(feed_forward) != 2:
@@ -212,7 +227,6 @@ def _model_config(path: Path, config: dict, shapes: dict[str, tuple[int, ...]]) 
     encoder["convolution_bias"] = "encoder.layers.0.conv.depthwise_conv.bias" in shapes
     if encoder.get("subsampling_conv_channels") == -1:  # NeMo: as wide as the model
         encoder["subsampling_conv_channels"] = encoder.get("d_model")
-    encoder.setdefault("xscaling", True)
     names = {
         "d_model": "d_model", "n_layers": "n_layers", "n_heads": "n_heads", "d_ff": "d_ff", "conv_kernel": "kernel",
         "n_mels": "feat_in", "subsampling_factor": "subsampling_factor",
@@ -230,11 +244,11 @@ def _model_config(path: Path, config: dict, shapes: dict[str, tuple[int, ...]]) 
 
 
 def _frontend_config(preprocessor: dict, where: str) -> FrontendConfig:
-    found = dict(preprocessor)
-    rate = found.get("sample_rate", FrontendConfig.sample_rate_hz)
+    found = PREPROCESSOR_DEFAULTS | preprocessor
+    rate = found["sample_rate"]
     try:
-        found["win_length"] = round(found.get("window_size", 0.025) * rate)  # seconds -> samples
-        found["hop_length"] = round(found.get("window_stride", 0.01) * rate)
+        found["win_length"] = int(found["window_size"] * rate)  # seconds -> samples; NeMo leaves a fraction out
+        found["hop_length"] = int(found["window_stride"] * rate)
         if found.get("n_fft") is None:  # NeMo: the next power of two
             found["n_fft"] = 2 ** math.ceil(math.log2(found["win_length"]))
     except (TypeError, ValueError, OverflowError) as error:

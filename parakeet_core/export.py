@@ -13,7 +13,7 @@ from parakeet_core.checkpoint import resolve_dtype
 from parakeet_core.checkpoint_hf import ENCODER_KEYS, FRONTEND_KEYS, IGNORED_SUFFIX, MODEL_KEYS, WEIGHTS
 from parakeet_core.config import ModelConfig
 from parakeet_core.tokenizer import Tokenizer
-from parakeet_core.tokenizer_training import BLANK, UNKNOWN, as_tokenizer_json
+from parakeet_core.tokenizer_training import BLANK, as_tokenizer_json
 
 
 def checkpoint_files(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, bytes]:
@@ -23,7 +23,7 @@ def checkpoint_files(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, byt
     files |= {
         "config.json": _json(_model_record(config)),
         "processor_config.json": _json(_processor_record(config)),
-        "tokenizer_config.json": _json(_TOKENIZER_RECORD),
+        "tokenizer_config.json": _json(_tokenizer_record(config, tokenizer)),
         "generation_config.json": _json({"pad_token_id": config.blank_id}),
     }
     encoded = {name: text.encode() for name, text in files.items()}
@@ -60,13 +60,16 @@ def _processor_record(config: ModelConfig) -> dict:
     }
 
 
-_TOKENIZER_RECORD = {
-    "tokenizer_class": "ParakeetTokenizer",
-    "processor_class": "ParakeetProcessor",
-    "unk_token": UNKNOWN,
-    "pad_token": BLANK,
-    "clean_up_tokenization_spaces": False,
-}
+def _tokenizer_record(config: ModelConfig, tokenizer: Tokenizer) -> dict:
+    """tokenizer_config.json. transformers adds a piece to the vocabulary for a name that no piece has."""
+    pieces, unknown = tokenizer.pieces, tokenizer.unknown_id
+    return {
+        "tokenizer_class": "ParakeetTokenizer",
+        "processor_class": "ParakeetProcessor",
+        "unk_token": None if unknown is None else pieces[unknown],
+        "pad_token": pieces[config.blank_id] if config.blank_id < len(pieces) else BLANK,
+        "clean_up_tokenization_spaces": False,
+    }
 
 
 def _renamed(config: object, names: dict[str, str]) -> dict:

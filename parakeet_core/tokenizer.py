@@ -1,5 +1,6 @@
 """Token ids <-> text, over the two tokenizer formats that checkpoints carry. Knows nothing of CTC or of checkpoints."""
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +17,8 @@ WORD_START = "▁"  # U+2581, SentencePiece's mark for the space before a word
 class Tokenizer(Protocol):
     """What the rest of the code asks of a tokenizer."""
 
-    pieces: list[str]  # by id
+    pieces: list[str]  # by id, spaces as word marks
+    unknown_id: int | None  # of the piece for characters that have none; None: such characters are left out
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`."""
@@ -43,9 +45,17 @@ class TokenizerJson:
         self._name = name
         with self._library_errors():
             self._tokenizer = tokenizers.Tokenizer.from_str(content)
+            self._tokenizer.no_truncation()  # what a file asks for in this way is for batches of text
+            self._tokenizer.no_padding()
             size = self._tokenizer.get_vocab_size()
             self.pieces = [self._tokenizer.id_to_token(i) or "" for i in range(size)]
             self._tokenizer.decode(list(range(size)))  # damage in the decoder shows only here
+            record = json.loads(content)
+            if (record.get("decoder") or {}).get("type") == "ByteLevel":  # letters stand for bytes
+                texts = (self._tokenizer.decoder.decode([piece]) for piece in self.pieces)
+                self.pieces = [text.replace(" ", WORD_START) for text in texts]
+            model, unknown = record["model"], record["model"].get("unk_token")
+            self.unknown_id = model.get("unk_id") if unknown is None else self._tokenizer.token_to_id(unknown)
 
     @contextmanager
     def _library_errors(self) -> Iterator[None]:
@@ -84,6 +94,7 @@ class SentencePieceTokenizer:
         try:
             self._processor.LoadFromSerializedProto(content)
             self.pieces = [self._processor.IdToPiece(i) for i in range(self._processor.GetPieceSize())]
+            self.unknown_id = self._processor.unk_id()
         except (RuntimeError, UnicodeDecodeError) as error:
             raise CheckpointError(f"{name}: not a SentencePiece model ({error})") from error
 
@@ -108,14 +119,18 @@ def load_tokenizer(path: Path) -> Tokenizer:
     return SentencePieceTokenizer(content, path.name)
 
 
-def check_pieces(tokenizer: Tokenizer, vocab_size: int, name: str) -> None:
-    """Refuse a tokenizer that lacks a text for ids the model emits; the blank, the last id, may be left out.
+def check_pieces(tokenizer: Tokenizer, vocab_size: int, name: str, blank_id: int | None = None) -> None:
+    """Refuse a tokenizer that lacks a text for ids the model emits; the blank may be left out where it is the last id.
+
+    Args:
+        blank_id: by default the last id.
 
     Raises:
         CheckpointError: tokenizer and model do not belong together.
     """
-    if not vocab_size - 1 <= len(tokenizer.pieces) <= vocab_size:
+    enough = [vocab_size - 1, vocab_size] if blank_id in (None, vocab_size - 1) else [vocab_size]
+    if len(tokenizer.pieces) not in enough:
         raise CheckpointError(
             f"{name}: the tokenizer has {len(tokenizer.pieces)} pieces, the model {vocab_size} outputs with blank; "
-            f"expected {vocab_size - 1} or {vocab_size} pieces"
+            f"expected {' or '.join(map(str, enough))} pieces"
         )

@@ -11,6 +11,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers
 from parakeet_core.errors import ConfigError
 from parakeet_core.tokenizer import WORD_START, SentencePieceTokenizer
 
+MAX_TEXT_BYTES = 1 << 30  # no limit: the library leaves out texts over 4192 bytes, as long recordings have
 UNKNOWN, BLANK = "<unk>", "<pad>"  # names of the pieces in Parakeet's tokenizer files; the blank is not a piece of text
 
 
@@ -31,6 +32,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> SentencePieceToken
             vocab_size=vocab_size,
             model_type="unigram",
             character_coverage=1.0,
+            max_sentence_length=MAX_TEXT_BYTES,
             normalization_rule_name="identity",
             unk_id=0,
             bos_id=-1,

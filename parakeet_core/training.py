@@ -62,8 +62,10 @@ class LearningRate:
 
 def build_optimiser(model: nn.Module, weight_decay: float) -> torch.optim.AdamW:
     """AdamW that decays matrices and kernels only: norms, biases and scalars keep their size."""
-    decayed = [parameter for parameter in model.parameters() if parameter.ndim > 1]
-    kept = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
+    decayed, kept = [], []
+    for name, parameter in model.named_parameters():
+        bias = name.rpartition(".")[2].startswith("bias")  # of any shape: those of attention are [H, K]
+        (kept if bias or parameter.ndim <= 1 else decayed).append(parameter)
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98))  # as NeMo's recipes; the rate is set at every step
 

@@ -74,7 +74,7 @@ def list_checkpoints(output: Storage) -> list[int]:
 def read_progress(output: Storage) -> Progress | None:
     """Of the last checkpoint; None if there is none. Raises CheckpointError."""
     steps = list_checkpoints(output)
-    return _progress(_record(output, steps[-1])) if steps else None
+    return _record(output, steps[-1])[1] if steps else None
 
 
 def load_checkpoint_into(output: Storage, model: nn.Module, optimiser: torch.optim.Optimizer) -> Progress | None:
@@ -86,12 +86,12 @@ def load_checkpoint_into(output: Storage, model: nn.Module, optimiser: torch.opt
     steps = list_checkpoints(output)
     if not steps:
         return None
-    record = _record(output, steps[-1])
+    digests, progress = _record(output, steps[-1])
     tensors: dict[str, Tensor] = {}
-    for file in record["files"]:
-        content = output.read_bytes(f"{FOLDER}/{file['name']}")
-        if hashlib.sha256(content).hexdigest() != file["sha256"]:
-            raise _damaged(output, steps[-1], f"{file['name']} is not what was written")
+    for name, digest in digests.items():
+        content = output.read_bytes(f"{FOLDER}/{name}")
+        if hashlib.sha256(content).hexdigest() != digest:
+            raise _damaged(output, steps[-1], f"{name} is not what was written")
         tensors |= load(content)
     names = {name for name, _ in model.named_parameters()}
     states: dict[str, dict[str, Tensor]] = {name: {} for name in names}
@@ -112,7 +112,7 @@ def load_checkpoint_into(output: Storage, model: nn.Module, optimiser: torch.opt
             optimiser.state[parameter] = {
                 key: tensor if tensor.ndim == 0 else tensor.to(parameter.device) for key, tensor in states[name].items()
             }
-    return _progress(record)
+    return progress
 
 
 def _state(model: nn.Module, optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -137,17 +137,15 @@ def _grouped(tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:
     return groups
 
 
-def _record(output: Storage, step: int) -> dict:
+def _record(output: Storage, step: int) -> tuple[dict[str, str], Progress]:
+    """(file -> its sha256, progress)."""
     try:
         record = json.loads(output.read_bytes(f"{FOLDER}/step-{step:08d}.json"))
-        return {"files": record["files"], "progress": record["progress"]}
+        values = record["progress"]
+        progress = Progress(**values | {"position": Position(**values["position"])})
+        return {file["name"]: file["sha256"] for file in record["files"]}, progress
     except (ValueError, KeyError, TypeError) as error:
-        raise _damaged(output, step, str(error)) from error
-
-
-def _progress(record: dict) -> Progress:
-    values = dict(record["progress"])
-    return Progress(**values | {"position": Position(**values["position"])})
+        raise _damaged(output, step, f"not a record of this version ({error!r})") from error
 
 
 def _damaged(output: Storage, step: int, what: str) -> CheckpointError:

@@ -2,10 +2,12 @@
 
 import hashlib
 import json
+import math
 from dataclasses import asdict, dataclass
 from typing import Literal
 
 from jobs.config import StorageConfig
+from jobs.storage.connections import scrub
 from parakeet_core.augment import SpecAugment
 from parakeet_core.errors import ConfigError
 from parakeet_core.training import Schedule
@@ -137,8 +139,12 @@ class FinetuneConfig(StorageConfig):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ConfigError(f"--{name.replace('_', '-')} {value}: expected more than 0")
-        if self.seed < 0:
-            raise ConfigError(f"--seed {self.seed}: expected 0 or more")
+        for name in ("weight_decay", "freq_masks", "freq_width", "time_masks", "warmup_steps", "min_audio_s", "seed"):
+            value = getattr(self, name)
+            if not value >= 0:
+                raise ConfigError(f"--{name.replace('_', '-')} {value}: expected 0 or more")
+        if self.epochs == math.inf or self.seed >= 1 << 63:
+            raise ConfigError(f"--epochs {self.epochs} --seed {self.seed}: expected finite epochs, a seed under 2^63")
         for name in ("min_confidence", "time_width", "dropout"):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
@@ -150,8 +156,14 @@ class FinetuneConfig(StorageConfig):
         return SpecAugment(self.freq_masks, self.freq_width, self.time_masks, self.time_width)
 
     def decisive_options(self) -> dict:
-        """The options that a resumed run must share with the run it continues."""
-        return {name: value for name, value in asdict(self).items() if name in _DECISIVE}
+        """The options that a resumed run must share with the run it continues; they are written down, so without the
+        secrets that URLs can carry."""
+        options = {name: value for name, value in asdict(self).items() if name in _DECISIVE}
+        options |= {name: tuple(self._scrubbed(url) for url in options[name]) for name in ("train", "validation")}
+        return options | {name: self._scrubbed(options[name]) for name in ("model", "model_config")}
+
+    def _scrubbed(self, url: str | None) -> str | None:
+        return None if url is None else scrub(url, self.storage())
 
     def fingerprint(self, weights_sha256: str) -> str:
         """Of what decides the result besides the data.

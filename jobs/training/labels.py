@@ -15,7 +15,6 @@ import pyarrow as pa
 from jobs.table.schema import normalise_words
 from parakeet_core.config import ModelConfig
 from parakeet_core.tokenizer import Tokenizer
-from parakeet_core.tokenizer_training import UNKNOWN
 
 TextForm = Literal["auto", "plain", "raw"]
 
@@ -133,11 +132,18 @@ def _reason(
         return None if config.frontend.frames(samples) else Rejection.TOO_SHORT
     if samples < min_audio_s * config.frontend.sample_rate_hz:
         return Rejection.TOO_SHORT
-    if any(tokenizer.pieces[i] == UNKNOWN for i in ids):
+    if lacks_pieces(text, ids, tokenizer):
         return Rejection.UNKNOWN_CHARACTERS
     if ctc_frames(ids) > config.encoder.subsample(config.frontend.frames(int(samples / fastest))):
         return Rejection.MORE_TOKENS_THAN_FRAMES
     return None
+
+
+def lacks_pieces(text: str, ids: list[int], tokenizer: Tokenizer) -> bool:
+    """Whether `text` has characters that its token ids do not spell."""
+    if tokenizer.unknown_id is not None:
+        return tokenizer.unknown_id in ids
+    return normalise_words(tokenizer.decode(ids)) != normalise_words(text)
 
 
 def ctc_frames(ids: list[int]) -> int:

@@ -121,7 +121,7 @@ class TrainingRun:
             world,
             task.threads,
         )
-        self.total_steps = config.max_steps or round(config.epochs * self.batches.steps_per_epoch())
+        self.total_steps = config.max_steps or max(1, round(config.epochs * self.batches.steps_per_epoch()))
         self.rate = LearningRate(config.learning_rate, config.warmup_steps, self.total_steps, config.schedule)
         half = config.precision == "bfloat16" or (config.precision == "auto" and device.type == "cuda")
         self.autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=half)
@@ -147,6 +147,7 @@ class TrainingRun:
             measured = number % self.config.validate_steps == 0 or number == self.total_steps
             if measured:
                 self._measure()
+                tally.leave_out_pause()
             # With an exported model the record of how good it is, so that no worse one takes its place after a kill.
             if (measured and self.progress.best_step == number) or self._checkpoint_due() or self.done:
                 self._checkpoint()
@@ -289,15 +290,18 @@ class StepTally:
     """Sums over the steps between two lines of metrics."""
 
     def __init__(self):
-        self.loss, self.norm, self.steps, self.frames = 0.0, 0.0, 0, 0
-        self._started = time.monotonic()
+        self.loss, self.norm, self.steps, self.frames, self.seconds = 0.0, 0.0, 0, 0, 1e-9
+        self.leave_out_pause()
+
+    def leave_out_pause(self) -> None:
+        """What has passed since the last step, a measurement, is no time of training."""
+        self._since = time.monotonic()
 
     def add(self, loss: Tensor, step: Step, norm: float) -> None:
         self.loss = self.loss + loss
         self.norm += norm if np.isfinite(norm) else 0.0
         self.steps += 1
         self.frames += sum(int(batch.lens.sum()) for batch in step.micro_batches)
-
-    @property
-    def seconds(self) -> float:
-        return max(time.monotonic() - self._started, 1e-9)
+        now = time.monotonic()
+        self.seconds += now - self._since
+        self._since = now

@@ -74,7 +74,8 @@ def architecture(config: FinetuneConfig, start: ModelReference | None) -> tuple[
         frontend = FrontendConfig(n_mels=encoder.n_mels)
     if config.dropout is not None:
         rates = dict.fromkeys(("dropout", "activation_dropout", "attention_dropout"), config.dropout)
-        encoder = dataclasses.replace(encoder, **rates, layerdrop=min(encoder.layerdrop, config.dropout))
+        rates |= {name: min(getattr(encoder, name), config.dropout) for name in ("dropout_positions", "layerdrop")}
+        encoder = dataclasses.replace(encoder, **rates)
     return encoder, frontend
 
 

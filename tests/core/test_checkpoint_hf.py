@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from small_models import TINY_EN, edit_json, random_features, relative_error, small_model, write_hf, write_json
 
 from parakeet_core import load_checkpoint
+from parakeet_core.checkpoint_hf import read_encoder_config
 from parakeet_core.errors import CheckpointError
 
 
@@ -96,6 +97,36 @@ def test_sentencepiece_model_in_place_of_the_json(directory):
     (directory / "tokenizer.json").unlink()
     shutil.copyfile(TINY_EN / "tokenizer.model", directory / "tokenizer.model")
     assert load_checkpoint(directory).tokenizer.decode([1, 2]) is not None
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        ({}, "no encoder"),
+        ({"feature_extractor": {"feature_size": 80}}, "no encoder"),
+        ({"encoder_config": None}, "no encoder"),
+        ({"encoder_config": {"hidden_size": 32, "hidden_act": "relu"}}, "activation 'relu'"),
+        ({"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}, "2 key-value heads"),
+    ],
+    ids=str,
+)
+def test_encoder_to_train_from_random_weights(tmp_path, content, named):
+    """Alone or in a whole config.json; a file of something else is not a model of 0.6 billion defaults."""
+    good = {"hidden_size": 32, "num_attention_heads": 4}
+    for form in (good, {"encoder_config": good}):
+        write_json(tmp_path / "config.json", form)
+        assert read_encoder_config(tmp_path / "config.json").d_model == 32
+    write_json(tmp_path / "config.json", content)
+    with pytest.raises(CheckpointError, match=named):
+        read_encoder_config(tmp_path / "config.json")
+
+
+def test_only_a_blank_that_is_last_needs_no_piece(directory):
+    edit_json(directory / "config.json", {"pad_token_id": 0})
+    assert load_checkpoint(directory).config.blank_id == 0  # 129 pieces
+    (directory / "tokenizer.json").unlink()
+    shutil.copyfile(TINY_EN / "tokenizer.model", directory / "tokenizer.model")
+    assert "expected 129 pieces" in refusal(directory)
 
 
 def test_kernel_is_taken_from_the_weights(tmp_path):

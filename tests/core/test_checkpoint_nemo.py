@@ -71,6 +71,19 @@ def test_options_that_nemo_leaves_out(tmp_path):
     assert_same_model(load_checkpoint(write_nemo(tmp_path / "m.nemo", model, changes)), model)
 
 
+def test_defaults_are_those_of_nemo(tmp_path):
+    """Of its ConformerEncoder and AudioToMelSpectrogramPreprocessor, which differ from the reference's."""
+    model = small_model(seed=6, mels=64, subsampling_channels=32, subsampling_factor=4)
+    left_out = ["n_heads", "subsampling_factor", "subsampling_conv_channels", "dropout_emb", "dropout_att"]
+    changes = dict.fromkeys(f"encoder.{name}" for name in left_out)
+    changes |= dict.fromkeys(f"preprocessor.{name}" for name in ("sample_rate", "window_size", "features", "n_fft"))
+    checkpoint = load_checkpoint(write_nemo(tmp_path / "m.nemo", model, changes))
+    assert_same_model(checkpoint, model)
+    encoder, frontend = checkpoint.config.encoder, checkpoint.config.frontend
+    assert (encoder.dropout_positions, encoder.attention_dropout, encoder.layerdrop) == (0.1, 0.0, 0.0)
+    assert (frontend.win_length, frontend.hop_length, frontend.n_fft) == (320, 160, 512)
+
+
 def test_preemphasis_can_be_off(tmp_path, model):
     """In NeMo, too, null means that there is no filter."""
     content = write_nemo(tmp_path / "m.nemo", model, {"preprocessor.preemph": "null"}).read_bytes()
@@ -82,6 +95,9 @@ def test_windows_are_in_seconds(tmp_path, model):
     changes = {"preprocessor.window_size": 0.02, "preprocessor.window_stride": 0.005, "preprocessor.preemph": 0.9}
     frontend = load_checkpoint(write_nemo(tmp_path / "m.nemo", model, changes)).config.frontend
     assert (frontend.win_length, frontend.hop_length, frontend.preemphasis) == (320, 80, 0.9)
+    changes = {"preprocessor.sample_rate": 22050, "preprocessor.window_stride": 0.0125, "preprocessor.n_fft": 1024}
+    frontend = load_checkpoint(write_nemo(tmp_path / "m.nemo", model, changes)).config.frontend
+    assert (frontend.win_length, frontend.hop_length) == (551, 275)  # of 551.25 and 275.625 samples
 
 
 def test_dropout_rates_are_read(tmp_path, model):
@@ -114,6 +130,7 @@ REFUSED = {
     "preprocessor.window": "hamming",
     "preprocessor.log": False,
     "preprocessor.log_zero_guard_type": "clamp",
+    "preprocessor.log_zero_guard_value": "eps",
     "preprocessor.mag_power": 1.0,
     "preprocessor.frame_splicing": 3,
     "preprocessor.exact_pad": True,
@@ -128,6 +145,8 @@ REFUSED = {
     "encoder.conv_norm_type": "layer_norm",
     "encoder.conv_context_size": "causal",
     "encoder.feat_out": 512,
+    "decoder.add_blank": False,
+    "aux_ctc.decoder.add_blank": False,
     "encoder.att_context_size": [128, 128],
 }
 
@@ -144,6 +163,14 @@ def test_option_that_is_not_implemented(tmp_path, model, option, value):
 def test_attention_contexts_of_streaming_models(tmp_path, model, context):
     assert "encoder.att_context_size" in refusal(
         write_nemo(tmp_path / "m.nemo", model, {"encoder.att_context_size": context})
+    )
+
+
+def test_the_guard_of_the_logarithm_may_be_spelled_out(tmp_path, model):
+    path = write_nemo(tmp_path / "m.nemo", model, {"preprocessor.log_zero_guard_value": 5.960464477539063e-08})
+    assert_same_model(load_checkpoint(path), model)
+    assert "log_zero_guard_value 1e-05" in refusal(
+        write_nemo(tmp_path / "m.nemo", model, {"preprocessor.log_zero_guard_value": 0.00001})
     )
 
 
@@ -225,7 +252,8 @@ def test_pickled_objects_are_refused_unexecuted(tmp_path, model, form):
 
 
 def test_weights_that_are_no_mapping_of_tensors(tmp_path, model):
-    for content in ([torch.zeros(3)], {"a": 1}, torch.zeros(2), {"a": {"b": torch.zeros(1)}}):
+    stretched = torch.zeros(1).expand(1 << 40)  # 4 TiB of one number
+    for content in ([torch.zeros(3)], {"a": 1}, torch.zeros(2), {"a": {"b": torch.zeros(1)}}, {"a": stretched}):
         buffer = io.BytesIO()
         torch.save(content, buffer)
         path = write_nemo(tmp_path / "m.nemo", model, weights=buffer.getvalue())

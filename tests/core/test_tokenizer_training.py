@@ -26,6 +26,12 @@ def test_trained_tokenizer_knows_its_texts(texts):
     assert train_tokenizer(texts, 90).content() == tokenizer.content()
 
 
+def test_long_texts_are_learnt_from_too():
+    long = "ab " * 2000 + "xyz"
+    tokenizer = train_tokenizer([long, "ab ba"], 7)
+    assert tokenizer.decode(tokenizer.encode("xyz")) == "xyz"
+
+
 @pytest.mark.parametrize("size", [5, 5000])
 def test_impossible_sizes_are_refused(texts, size):
     with pytest.raises(ConfigError, match=f"no tokenizer of {size} pieces"):

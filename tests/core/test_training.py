@@ -7,6 +7,7 @@ import torch
 from small_models import greedy_ids, random_features, randomise, small_config
 
 from parakeet_core.ctc import ParakeetCTC
+from parakeet_core.training import build_optimiser
 
 NO_DROPOUT = {
     "dropout": 0.0, "dropout_positions": 0.0, "activation_dropout": 0.0, "attention_dropout": 0.0, "layerdrop": 0.0,
@@ -104,6 +105,19 @@ def test_batch_norm_learns_its_statistics_in_training_alone():
     loss_of(model.train())
     assert (norm.running_mean != before).any()
     assert int(norm.num_batches_tracked) == 1
+
+
+def test_weight_decay_is_of_matrices_and_kernels_alone():
+    model = model_with()
+    before = {name: tensor.clone() for name, tensor in model.named_parameters()}
+    optimiser = build_optimiser(model, 0.5)
+    for group in optimiser.param_groups:
+        group["lr"] = 0.1
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimiser.step()
+    shrunk = {name for name, tensor in model.named_parameters() if (tensor != before[name]).any()}
+    assert shrunk == {name for name in before if name.endswith("weight") and "norm" not in name}
 
 
 def test_learns_a_batch_by_heart():

@@ -12,11 +12,12 @@ from training_samples import PLAIN, make_task, prepare, prompt_manifest, train, 
 from jobs.finetune import share_nodes
 from jobs.storage.files import Storage
 from jobs.training.data import PreparedAudio
-from jobs.training.labels import ctc_frames, label_utterances, plain_text
+from jobs.training.labels import ctc_frames, label_utterances, lacks_pieces, plain_text
 from jobs.training.metrics import ErrorCounts, read_metrics
+from jobs.training.setup import architecture
 from jobs.transcribe import run
 from parakeet_core import ConfigError, decode_audio
-from parakeet_core.tokenizer import load_tokenizer
+from parakeet_core.tokenizer import TokenizerJson, load_tokenizer
 from parakeet_core.tokenizer_training import train_tokenizer
 
 
@@ -152,6 +153,26 @@ def test_workers_without_a_place_are_told_of(tmp_path, capsys):
     assert "places for 1 of 4 workers" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("replaced", [("<unk>", "[UNK]"), ('"unk_token": "<unk>"', '"unk_token": null')], ids=str)
+def test_unknown_characters_whatever_the_tokenizer_does_with_them(replaced):
+    """It may call them by any name, or leave them out."""
+    content = (TINY_EN / "tokenizer.json").read_text(encoding="utf-8")
+    tokenizer = TokenizerJson(content.replace(*replaced))
+    assert lacks_pieces("größer", tokenizer.encode("größer"), tokenizer)
+    assert not lacks_pieces("please hold", tokenizer.encode("please hold"), tokenizer)
+
+
+@pytest.mark.parametrize(("given", "used"), [(0.0, 0.0), (0.05, 0.05), (0.5, 0.2)])
+def test_dropout_is_that_of_all_rates(given, used, tmp_path):
+    """Rates that a model may do without, of positions and of layers, are made smaller only."""
+    rates = {"hidden_size": 32, "num_attention_heads": 4, "layerdrop": 0.2, "dropout_positions": 0.2, "dropout": 0.1}
+    (tmp_path / "config.json").write_text(json.dumps({"encoder_config": rates}))
+    options = {"model_config": str(tmp_path / "config.json"), "vocab_size": 9, "dropout": given}
+    encoder, _ = architecture(training_config("a", "b", tmp_path / "out", **options), None)
+    assert (encoder.dropout, encoder.activation_dropout, encoder.attention_dropout) == (given, given, given)
+    assert (encoder.dropout_positions, encoder.layerdrop) == (used, used)
+
+
 def test_repeats_need_a_blank_between():
     assert [ctc_frames(ids) for ids in ([], [3], [3, 4, 3], [3, 3, 4, 4, 4])] == [0, 1, 3, 8]
 
@@ -222,6 +243,10 @@ def test_error_counts():
         ({"speed_factors": (0.0, 1.0)}, "--speed-factors"),
         ({"dropout": 2.0}, "--dropout 2.0: expected 0 to 1"),
         ({"seed": -1}, "--seed -1: expected 0 or more"),
+        ({"seed": 1 << 63}, "a seed under 2"),
+        ({"weight_decay": -0.1}, "--weight-decay -0.1: expected 0 or more"),
+        ({"freq_width": -1}, "--freq-width -1: expected 0 or more"),
+        ({"epochs": float("inf")}, "--epochs inf"),
     ],
     ids=lambda value: "" if isinstance(value, str) else "-".join(value),
 )

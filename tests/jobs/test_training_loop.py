@@ -4,7 +4,9 @@ import dataclasses
 import json
 import os
 import socket
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,10 +17,12 @@ from safetensors.torch import load_file
 from small_models import hf_config, small_config, write_json
 from training_samples import PLAIN, make_task, prompt_manifest, small_checkpoint, train, training_config
 
-from jobs.training.batches import Position, TrainingBatches, epoch_batches
+from jobs.storage.files import Storage
+from jobs.training.batches import Position, Step, TrainingBatches, epoch_batches
 from jobs.training.checkpoint import list_checkpoints, load_checkpoint_into, read_progress, save_checkpoint
-from jobs.training.loop import TrainingRun, build_model
+from jobs.training.loop import StepTally, TrainingRun, build_model
 from jobs.training.metrics import measurements, read_metrics
+from jobs.training.setup import RUN_FILE, claim_output
 from parakeet_core import CheckpointError, ConfigError, Transcriber
 from parakeet_core.training import LearningRate
 
@@ -111,6 +115,22 @@ def test_a_finished_run_stays_as_it_is(manifests, tmp_path):
     again = train(config)
     assert again.progress == first.progress
     assert [line["step"] for line in measurements(read_metrics(again.task.output))] == [0, 2]
+
+
+def test_the_smallest_part_of_an_epoch_is_one_step(manifests, tmp_path):
+    run = train(training_config(*manifests, tmp_path / "out", epochs=0.1))
+    assert read_progress(run.task.output).step == 1
+
+
+def test_speed_is_that_of_the_steps():
+    """Whatever the measurements between them take."""
+    tally, step = StepTally(), Step([], 1, 1.0, Position())
+    time.sleep(0.1)
+    tally.add(torch.zeros(()), step, 1.0)
+    time.sleep(0.5)
+    tally.leave_out_pause()
+    tally.add(torch.zeros(()), step, 1.0)
+    assert 0.1 <= tally.seconds < 0.5
 
 
 def test_accumulated_passes_equal_one(manifests, tmp_path):
@@ -250,10 +270,29 @@ def test_another_tokenizer_beside_the_same_weights_is_refused_in_the_same_output
     make_task(config)
 
 
+def test_secrets_of_urls_are_not_written_down(manifests, tmp_path):
+    """And what changes with a new signature does not make another run of it."""
+    signed = "https://host/{}?X-Amz-Signature=canary{}"
+    config = training_config(*manifests, tmp_path / "out")
+    output = Storage(config.output, config.storage())
+    for number in range(2):
+        urls = {name: (signed.format(name, number), "sftp://me:canary@host/more") for name in ("train", "validation")}
+        urls["validation"] = urls["validation"][:1]
+        config = dataclasses.replace(config, **urls, model=signed.format("model.nemo", number))
+        claim_output(output, config, SimpleNamespace(digest="0" * 64, files={}))
+    assert b"canary" not in output.read_bytes(RUN_FILE)
+
+
 def test_a_damaged_checkpoint_is_named(manifests, tmp_path):
     run = train(training_config(*manifests, tmp_path / "out", max_steps=2, checkpoint_steps=1, batch_audio_s=9))
     output = run.task.output
     assert list_checkpoints(output) == [1, 2]
+    record = json.loads(output.read_bytes("checkpoints/step-00000002.json"))
+    for damage in ({"progress": {}}, {"progress": record["progress"] | {"later": 1}}, {"files": [{}]}):
+        write_json(tmp_path / "out" / "checkpoints" / "step-00000002.json", record | damage)
+        with pytest.raises(CheckpointError, match="step-00000002.json: .*delete it to go on"):
+            read_progress(output)
+    write_json(tmp_path / "out" / "checkpoints" / "step-00000002.json", record)
     path = next((tmp_path / "out" / "checkpoints").glob("step-00000002-*.safetensors"))
     path.write_bytes(path.read_bytes()[:-1] + b"\0")
     with pytest.raises(CheckpointError, match="step-00000002.json: .*delete it to go on"):

@@ -70,6 +70,25 @@ def test_new_vocabulary(tmp_path, prompts, switches):
     assert processor.tokenizer.pad_token_id == 70
 
 
+@pytest.mark.parametrize(
+    "renamed", [{}, {"<pad>": "[PAD]", "<unk>": "[UNK]"}, {'"unk_token": "<unk>"': '"unk_token": null'}]
+)
+def test_special_pieces_by_any_name(tmp_path, renamed):
+    """transformers finds the blank under its name, and decodes without it."""
+    path = write_hf(tmp_path / "in", small_model())
+    content = (path / "tokenizer.json").read_text(encoding="utf-8")
+    for name, other in renamed.items():
+        content = content.replace(name, other)
+    (path / "tokenizer.json").write_text(content, encoding="utf-8")
+    original = load_checkpoint(path)
+    folder = export(tmp_path / "out", original.model, original.config, original.tokenizer, "float32")
+    _, processor = load_reference(folder)
+    assert (processor.tokenizer.pad_token_id, len(processor.tokenizer)) == (128, 129)
+    ids = original.tokenizer.encode("please hold")
+    path_of_ctc = [128, *(step for i in ids for step in (i, i, 128))]
+    assert processor.tokenizer.decode(path_of_ctc) == "please hold"
+
+
 def test_a_checkpoint_of_ours_keeps_its_dropout(tmp_path):
     """What only training uses is written as well, so that a model can be trained on."""
     path = write_hf(tmp_path / "in", small_model())
