@@ -143,19 +143,20 @@ def _may_hold(folder: str, pattern: str | None) -> bool:
 def _walk_local(root: str, pattern: str | None) -> Iterator[tuple[str, int]]:
     if not os.path.isdir(root):
         raise FileNotFoundError(root)
-    inside = os.path.realpath(root) + os.sep
+    inside = os.path.join(os.path.realpath(root), "")
     waiting, links, entered = [""], [], set()
+    link, own = "", None  # the link that is walked below, and its target under the root; None outside
     while waiting or links:
-        if (
-            not waiting
-        ):  # links to folders come last and sorted: which of two links to one folder counts is not left to chance
+        if not waiting:
+            # Links to folders come last and sorted: which of two links to one folder counts is not left to chance.
             links.sort()
-            folder = links.pop(0)
-            target = os.path.realpath(os.path.join(root, folder)) + os.sep
-            if target.startswith(inside) or inside.startswith(target) or target in entered:
-                continue  # listed already under its own name, or a cycle
+            link = links.pop(0)
+            target = os.path.join(os.path.realpath(os.path.join(root, link)), "")
+            own = target[len(inside) : -1] if target.startswith(inside) else None
+            if inside.startswith(target) or target in entered or (pattern is None and _is_listed(own, None)):
+                continue  # a cycle, or listed already
             entered.add(target)
-            waiting.append(folder)
+            waiting.append(link)
         folder = waiting.pop()
         with os.scandir(os.path.join(root, folder)) as entries:
             for entry in entries:
@@ -166,8 +167,15 @@ def _walk_local(root: str, pattern: str | None) -> Iterator[tuple[str, int]]:
                 elif entry.is_symlink() and os.path.isdir(entry.path):
                     if _may_hold(name, pattern):
                         links.append(name)
-                else:
+                elif own is None or not _is_listed(own + name[len(link) :], pattern):
                     yield name, _local_size(entry)
+
+
+def _is_listed(own: str | None, pattern: str | None) -> bool:
+    """Whether what a link leads to is listed under its own name, relative to the root, as well."""
+    if own is None or re.search(HIDDEN, own):
+        return False
+    return pattern is None or re.match(glob_translate(pattern), own) is not None
 
 
 def _local_size(entry: os.DirEntry) -> int:

@@ -276,3 +276,22 @@ def test_links_to_folders_are_followed_once(tmp_path):
     os.symlink(inside, outside / "back")
     names = [name for batch in list_files(Storage(str(inside))) for name in batch["name"].to_pylist()]
     assert sorted(names) == ["link1/a.wav", "real/b.wav"]
+
+
+def test_a_link_counts_where_its_folder_is_hidden_or_no_match_of_the_glob(tmp_path):
+    for name in ("releases/v5/a.wav", "releases/v5/deep/b.wav", ".store/c.wav"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"1")
+    os.symlink("releases/v5", tmp_path / "latest")
+    os.symlink("../..", tmp_path / "releases/v5/cycle")
+    os.symlink(".store", tmp_path / "data")
+    cases = {
+        "*/*.wav": ["data/c.wav", "latest/a.wav"],
+        "lat*/**/*.wav": ["latest/a.wav", "latest/deep/b.wav"],
+        "*/*/*.wav": ["latest/deep/b.wav", "releases/v5/a.wav"],
+        "**/*.wav": ["data/c.wav", "releases/v5/a.wav", "releases/v5/deep/b.wav"],
+        None: ["data/c.wav", "releases/v5/a.wav", "releases/v5/deep/b.wav"],
+    }
+    for pattern, expected in cases.items():
+        names = [name for batch in list_files(Storage(str(tmp_path)), pattern) for name in batch["name"].to_pylist()]
+        assert sorted(name for name in names if not name.startswith(".store/")) == expected, pattern
