@@ -64,6 +64,16 @@ def test_layout_is_found_from_the_listing(storage):
     assert {row["items"] for row in rows} == {None}
 
 
+def test_json_files_beside_manifests_are_read_only_when_asked_for(tmp_path):
+    (tmp_path / "train.jsonl").write_bytes(jsonl({"audio_filepath": "a.wav"}))
+    (tmp_path / "dev.json").write_bytes(jsonl({"audio_filepath": "b.wav"}))
+    storage = Storage(str(tmp_path))
+    assert [row["id"] for row in rows_of(storage)] == ["a.wav"]
+    assert "1 .json" in scan_input(InputOptions(storage.url)).left_out
+    assert [row["id"] for row in rows_of(storage, format="manifest")] == ["b.wav", "a.wav"]
+    assert scan_input(InputOptions(storage.url, format="manifest")).left_out == ""
+
+
 def test_a_mix_is_refused_with_counts_and_the_option(storage):
     storage.write_atomic("a.wav", b"1")
     storage.write_atomic("a.jsonl", jsonl({"audio_filepath": "a.wav"}))
