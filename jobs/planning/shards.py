@@ -19,7 +19,7 @@ import pyarrow as pa
 from jobs.planning.facts import RowFacts, collect_rows
 from jobs.planning.planned_items import BLOCK_ROWS, PlannedItems
 from jobs.planning.sizing import Rate, estimate_audio_s, measure_rates
-from jobs.planning.unique_ids import Renamed, find_new, leave_out_rewritten, make_unique
+from jobs.planning.unique_ids import Renamed, find_new, leave_out_broken, leave_out_rewritten, make_unique
 from jobs.storage.connections import DEFAULT_OPTIONS, StorageOptions
 from parakeet_core.errors import ConfigError
 
@@ -127,6 +127,7 @@ def plan_shards(
     planned = planned or PlannedItems()
     facts, codes, sampler = collect_rows(batches, spill.name, planned)
     fresh = find_new(facts, spill.name, planned)
+    leave_out_broken(facts, fresh, spill.name, planned)
     rewritten = leave_out_rewritten(facts, fresh)
     renamed = make_unique(facts, fresh, spill.name, planned)
     rates = measure_rates(sampler, options.storage)

@@ -436,6 +436,34 @@ def test_a_parquet_file_written_again_in_other_row_groups_has_its_rows_once(stor
         assert (plan.items, plan.rewritten) == (6, 2)  # those of e.parquet; d's groups at rows 2 and 6
 
 
+def test_a_planned_parquet_file_that_breaks_later_gets_no_row_of_its_own(storage):
+    """Its items stand in the plan. One that was broken from the start has its row."""
+    source = Storage(f"{storage.url}/in", storage.options)
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table({"audio": [{"bytes": audio_bytes(), "path": "a.wav"}] * 4}), sink, row_group_size=2)
+    whole = sink.getvalue().to_pybytes()
+
+    def added() -> list[str]:
+        generations = list_generations(storage)
+        with (
+            scan_input(InputOptions(source.url, storage=source.options)) as scan,
+            plan_shards(scan.batches(), PlanOptions(), stored_items(storage), len(generations)) as plan,
+        ):
+            before = {row["id"] for row in all_rows(storage)}
+            if plan.shards:
+                write_plan(storage, plan)
+        return sorted({row["id"] for row in all_rows(storage)} - before)
+
+    source.write_atomic("a.parquet", whole)
+    source.write_atomic("broken.parquet", whole[:100])
+    assert added() == ["a.parquet#0", "a.parquet#2", "broken.parquet"]
+    source.write_atomic("a.parquet", whole[:100])
+    assert added() == []
+    source.write_atomic("a.parquet", whole)
+    source.write_atomic("broken.parquet", whole)
+    assert added() == ["broken.parquet#0", "broken.parquet#2"]
+
+
 def test_a_name_that_the_plan_made_is_not_given_again_where_nothing_else_repeats(storage):
     grow(storage, placed("a@1", "a@2"))  # the second is a~2
     assert grow(storage, placed("a@1", "a@2", "a~2@3")) == 1
