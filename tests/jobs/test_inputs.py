@@ -242,6 +242,23 @@ def test_bad_manifest_lines_are_rows_and_the_rest_goes_on(tmp_path):
     assert all(len(row["error_message"]) < 400 for row in rows[1:-1])
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"audio_filepath": "https://user:%s@host/a.wav"',
+        '{"audio_filepath": ["https://user:%s@host/a.wav"]}',
+        '{"audio_filepath": "a.wav", "id": ["https://user:%s@host/a.wav"]}',
+        '{"audio_filepath": "a.wav", "channel": "https://user:%s@host/a.wav"}',
+        '{"audio_filepath": "https://host/caf\\u00e9?X-Amz-Signature=%s", ',
+    ],
+)
+def test_secrets_in_a_bad_line_are_gone_before_it_is_cut_short(tmp_path, line):
+    (tmp_path / "m.jsonl").write_text(line % ("canary" * 20) + "\n")
+    (row,) = rows_of(Storage(str(tmp_path)))
+    assert row["error_kind"] == "bad_record"
+    assert "canary" not in str(row)
+
+
 def test_torn_gzip_manifest_gives_its_lines_and_one_error(tmp_path):
     whole = gzip.compress(jsonl(*({"audio_filepath": f"{n}-{hash(n * 7919)}.wav"} for n in range(5000))))
     (tmp_path / "m.jsonl.gz").write_bytes(whole[: len(whole) // 2])
