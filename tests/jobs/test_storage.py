@@ -1,5 +1,7 @@
 """jobs/storage/files.py against local disk and a real S3 server."""
 
+import errno
+import fcntl
 import os
 import pickle
 import signal
@@ -17,7 +19,7 @@ from job_samples import audio_bytes
 from jobs.inputs.listing import list_files, resolve_input
 from jobs.storage.connections import StorageOptions, scrub
 from jobs.storage.files import Storage
-from jobs.storage.local_files import HIDDEN_PREFIX
+from jobs.storage.local_files import HIDDEN_PREFIX, _own_prefix
 from parakeet_core.errors import ConfigError, ErrorKind, InputError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -159,6 +161,25 @@ def test_temporaries_of_dead_writers_go_and_those_of_living_ones_stay(tmp_path):
     writers[1].communicate("whole\n", timeout=60)
     assert writers[1].returncode == 0
     assert files_in(tmp_path) == [f".tmp/{HIDDEN_PREFIX}elsewhere-young", "table/alive"]
+
+
+def test_what_a_killed_writer_left_is_removed_where_only_who_writes_may_lock(tmp_path, monkeypatch):
+    """As on NFS, whose client makes flock a lock of fcntl; see flock(2)."""
+
+    def flock_of_nfs(file, operation: int) -> None:
+        mode = fcntl.fcntl(file, fcntl.F_GETFL) & os.O_ACCMODE
+        if operation & fcntl.LOCK_EX and mode == os.O_RDONLY:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        flock(file, operation)
+
+    flock = fcntl.flock
+    monkeypatch.setattr(fcntl, "flock", flock_of_nfs)
+    (tmp_path / ".tmp").mkdir()
+    (tmp_path / f".tmp/{_own_prefix()}0123").write_bytes(b"half")
+    storage = Storage(str(tmp_path))
+    storage.write_atomic("table/part", b"whole")
+    assert storage.remove_dead_temporaries() == 1
+    assert files_in(tmp_path) == ["table/part"]
 
 
 def test_half_written_files_are_not_listed(tmp_path):
