@@ -28,6 +28,7 @@ from parakeet_core.errors import ConfigError, ErrorKind, InputError
 
 MAX_LINE_BYTES = 1 << 20  # a line describes one utterance; a megabyte is already a thousand times the usual
 BATCH_LINES = 16_384
+BATCH_BYTES = 64 << 20  # of lines; long ones would fill the memory, and at 2 GiB a column of Arrow ends
 MAX_CHANNEL = 1024  # far above any recorder; keeps the value inside the table's int32
 _OWN_KEYS = frozenset({"audio_filepath", "offset", "duration", "text", "channel", "id"})
 
@@ -49,15 +50,17 @@ def manifest_rows(
     """
     names = sorted(name for batch in listing for name in batch["name"].to_pylist())  # manifests are few, lines are many
     rows: list[dict] = []
+    size_bytes = 0
     for name in names:
         folder = storage.source(name).rpartition("/")[0]
         for number, line in _numbered_lines(storage, name):
             row = _row_of(line, name, number, storage.source(name), folder, rules, signed_urls)
             if row is not None:
                 rows.append(row)
-            if len(rows) == BATCH_LINES:
+                size_bytes += len(line) if isinstance(line, bytes) else 0
+            if len(rows) == BATCH_LINES or size_bytes >= BATCH_BYTES:
                 yield _batch(rows)
-                rows = []
+                rows, size_bytes = [], 0
     if rows:
         yield _batch(rows)
 

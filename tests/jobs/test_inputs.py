@@ -259,6 +259,15 @@ def test_secrets_in_a_bad_line_are_gone_before_it_is_cut_short(tmp_path, line):
     assert "canary" not in str(row)
 
 
+def test_long_lines_of_a_manifest_come_in_batches_that_memory_and_arrow_hold(tmp_path):
+    record = {"audio_filepath": "a.wav", "note": "x" * 1_000_000}
+    (tmp_path / "m.jsonl").write_bytes(jsonl(*[record | {"id": number} for number in range(150)]))
+    with scan_input(InputOptions(str(tmp_path))) as scan:
+        batches = list(scan.batches())
+    assert sum(len(batch) for batch in batches) == 150
+    assert max(batch.nbytes for batch in batches) < 70 << 20
+
+
 def test_torn_gzip_manifest_gives_its_lines_and_one_error(tmp_path):
     whole = gzip.compress(jsonl(*({"audio_filepath": f"{n}-{hash(n * 7919)}.wav"} for n in range(5000))))
     (tmp_path / "m.jsonl.gz").write_bytes(whole[: len(whole) // 2])
