@@ -250,6 +250,16 @@ def test_many_plan_files_and_buckets_hold_every_row(tmp_path, monkeypatch, limit
     assert len(read_shard(storage, last["plan_file"], last["row_group"])) == last["rows"]
 
 
+@pytest.mark.slow
+def test_a_plan_file_may_hold_more_text_than_strings_of_arrow(tmp_path):
+    """2.2 GB of the manifest's other keys in one plan file: 30 s, and several GB of memory."""
+    storage, note = Storage(str(tmp_path)), json.dumps({"note": "x" * 1_000_000})
+    rows = [{"id": str(n), "source": f"/x/{n}.wav", "audio_s": 3.0, "items": 1, "extra": note} for n in range(2200)]
+    with plan_shards(batches_of(rows, 50)) as plan:
+        assert len(write_plan(storage, plan).files) == 1
+    assert len(all_rows(storage)) == 2200
+
+
 def test_stored_digests_are_those_of_the_rows_of_every_generation(tmp_path, monkeypatch):
     monkeypatch.setattr("jobs.planning.item_digests.ITEMS_PER_FILE", 50)
     storage = Storage(str(tmp_path))
