@@ -133,9 +133,9 @@ def plan_shards(
     rates = measure_rates(sampler, options.storage)
     facts.audio_s = estimate_audio_s(rates, codes, facts.size_bytes, facts.audio_s)
     del codes
-    total_s = float(facts.audio_s[fresh].sum(dtype=np.float64))
-    limit_s = options.shard_audio_s or float(np.clip(total_s / AUTO_SHARDS, AUTO_MIN_S, AUTO_MAX_S))
     order = order_rows(facts, np.flatnonzero(fresh))
+    total_s = float(facts.audio_s[order].sum(dtype=np.float64))  # in this order: sums are rounded
+    limit_s = options.shard_audio_s or float(np.clip(total_s / AUTO_SHARDS, AUTO_MIN_S, AUTO_MAX_S))
     shard_of, audio = cut_shards(facts, order, limit_s, options)
     rows = np.bincount(shard_of[order], minlength=len(audio))
     items = np.bincount(shard_of[order], weights=np.maximum(facts.items[order], 0), minlength=len(audio))

@@ -75,6 +75,18 @@ def test_the_order_of_the_listing_does_not_enter(tmp_path):
     assert len(stored[0]) == 4
 
 
+def test_rounding_of_the_total_does_not_bring_the_order_in():
+    """Lengths from a nanosecond to half a minute: their sum has more digits than a float."""
+    seconds = 10 ** np.random.default_rng(0).uniform(-9, 1.5, 20_000)
+    rows = [{"id": f"{n}", "source": f"/x/{n}", "audio_s": s, "items": 1} for n, s in enumerate(seconds.tolist())]
+    prints = set()
+    for seed in range(4):
+        np.random.default_rng(seed).shuffle(rows)
+        with plan_shards(batches_of(rows, 5_000)) as plan:
+            prints.add(plan.fingerprint)
+    assert len(prints) == 1
+
+
 def test_every_row_is_in_one_shard_and_shards_hold_their_limits(storage):
     rows = known_rows(500)
     with plan_shards(batches_of(rows), PlanOptions(shard_audio_s=400, shard_items=40)) as plan:
