@@ -33,14 +33,13 @@ def resolve_input(url: str, options: StorageOptions) -> tuple[Storage, str | Non
         ConfigError: the URL holds `*`, `?` or `[`, but is not a pattern.
         InputError: nothing is there, or the storage fails.
     """
-    url = url.rstrip("/") if len(url) > 1 else url
     storage = Storage(url, options)
     whole = storage.root
     # Only what was given: the working directory is not a pattern, though its name may hold a bracket.
     given = os.path.normpath(url.removeprefix("file://")) if storage.is_local else whole
     if re.search(WILDCARD, given) and not storage.exists(""):
         return _resolve_glob(storage, given)
-    if is_file(storage):
+    if is_file(storage, slash=url.endswith("/")):
         parent, _, name = whole.rpartition("/")
         return Storage((parent or "/") if storage.is_local else f"{storage.scheme}://{parent}", options), None, name
     return storage, None, None
@@ -66,8 +65,12 @@ def _resolve_glob(storage: Storage, given: str) -> tuple[Storage, str, None]:
     return Storage(f"{storage.scheme}://{folders}", storage.options), glob, None
 
 
-def is_file(storage: Storage) -> bool:
-    """Whether the storage's own root is an object rather than a folder; MISSING_OBJECT if it is neither."""
+def is_file(storage: Storage, slash: bool = False) -> bool:
+    """Whether the storage's own root is an object rather than a folder; MISSING_OBJECT if it is neither.
+
+    Args:
+        slash: its URL ended with one: where an object has the name of a folder, the folder is meant.
+    """
     with storage_errors(storage.url, storage.options):
         if storage.is_local:
             return not os.path.isdir(storage.root) and os.stat(storage.root) is not None
@@ -75,13 +78,16 @@ def is_file(storage: Storage) -> bool:
             if "/" not in storage.root:
                 return False
             exact = next(s3_pages(storage.fs, storage.root, options=storage.options), [])
-            if any(key == storage.root for key, _ in exact):
+            is_object = any(key == storage.root for key, _ in exact)
+            if is_object and not slash:
                 return True
             if any(key.startswith(f"{storage.root}/") for key, _ in exact):
                 return False
             below = s3_pages(storage.fs, f"{storage.root}/", options=storage.options)
             if next((page for page in below if page), None):
                 return False
+            if is_object:
+                return True
             raise FileNotFoundError(storage.url)
         return storage.call("", storage.fs.info, storage.root)["type"] == "file"
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from fault_proxy import DENIED, FaultProxy
 from job_samples import audio_bytes
+from moto.server import ThreadedMotoServer
 
 from jobs.inputs.listing import list_files, resolve_input
 from jobs.storage.connections import StorageOptions, scrub
@@ -283,6 +284,24 @@ def test_one_object_a_prefix_and_a_glob_are_told_apart(storage):
     with pytest.raises(InputError) as caught:
         resolve_input(f"{storage.url}/a/none", storage.options)
     assert caught.value.kind == ErrorKind.MISSING_OBJECT
+
+
+def test_a_slash_tells_a_folder_from_an_object_of_its_name():
+    """rclone's server keeps objects as files, and cannot hold both; so this is moto's."""
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    try:
+        options = StorageOptions("http://{}:{}".format(*server.get_host_and_port()), "us-east-1", "key", "secret")
+        bucket = Storage("s3://moto-bucket", options)
+        bucket.fs.call_s3("create_bucket", Bucket="moto-bucket")
+        for name in ("speech", "speech/a.wav", "speech/a.tar"):
+            bucket.write_atomic(name, b"1")
+        cases = {"speech": "speech", "speech/": None, "speech/a.tar": "a.tar", "speech/a.tar/": "a.tar"}
+        for url, expected in cases.items():
+            found, _, name = resolve_input(f"s3://moto-bucket/{url}", options)
+            assert (name, found.root) == (expected, "moto-bucket" if url == "speech" else "moto-bucket/speech")
+    finally:
+        server.stop()
 
 
 def test_links_to_folders_are_followed_once(tmp_path):
