@@ -108,7 +108,7 @@ class AudioColumn:
     def size_bytes(self, group: pq.RowGroupMetaData) -> int:
         """Uncompressed bytes of the audio column in one row group."""
         chunks = (group.column(index) for index in range(group.num_columns))
-        return sum(c.total_uncompressed_size for c in chunks if c.path_in_schema.split(".")[0] == self.name)
+        return sum(c.total_uncompressed_size for c in chunks if f"{c.path_in_schema}.".startswith(f"{self.name}."))
 
 
 def find_audio_column(schema: pa.Schema) -> AudioColumn:

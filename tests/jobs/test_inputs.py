@@ -403,6 +403,14 @@ def test_parquet_row_groups_become_rows(storage):
     assert "audio" in rows["other.parquet"]["error_message"]
 
 
+def test_the_size_of_an_audio_column_is_known_whatever_its_name(tmp_path):
+    sizes = []
+    for name in ("audio", "clip.audio"):
+        pq.write_table(hf_table(10).rename_columns({"audio": name}), tmp_path / "a.parquet")
+        sizes += [row["size_bytes"] for row in rows_of(Storage(str(tmp_path)))]
+    assert sizes[0] == sizes[1] > 0
+
+
 def test_any_damage_to_a_parquet_footer_is_one_rejected_row(storage):
     sink = pa.BufferOutputStream()
     pq.write_table(hf_table(3), sink)
