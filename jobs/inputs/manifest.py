@@ -8,6 +8,7 @@ Other keys are carried through as JSON. Signatures in URLs are not: they open th
 Source: https://docs.nvidia.com/nemo-framework/user-guide/latest/nemotoolkit/asr/datasets.html
 """
 
+import codecs
 import gzip
 import hashlib
 import io
@@ -113,7 +114,7 @@ def _row_of(
     try:
         if isinstance(line, InputError):
             raise line
-        if not line.strip():
+        if not line.removeprefix(codecs.BOM_UTF8).strip():
             return None
         row = parse_line(line, folder, rules)
         shown = redact_url(row["source"])

@@ -268,6 +268,11 @@ def test_long_lines_of_a_manifest_come_in_batches_that_memory_and_arrow_hold(tmp
     assert max(batch.nbytes for batch in batches) < 70 << 20
 
 
+def test_a_byte_order_mark_before_a_blank_line_is_no_item(tmp_path):
+    (tmp_path / "m.jsonl").write_bytes(b'\xef\xbb\xbf\r\n\r\n{"audio_filepath": "a.wav"}\r\n')
+    assert [row["id"] for row in rows_of(Storage(str(tmp_path)))] == ["a.wav"]
+
+
 def test_torn_gzip_manifest_gives_its_lines_and_one_error(tmp_path):
     whole = gzip.compress(jsonl(*({"audio_filepath": f"{n}-{hash(n * 7919)}.wav"} for n in range(5000))))
     (tmp_path / "m.jsonl.gz").write_bytes(whole[: len(whole) // 2])
