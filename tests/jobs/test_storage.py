@@ -267,6 +267,19 @@ def test_listing_pages_are_complete(s3_server):
     assert listed == {f"deep/{number:05d}.wav": number % 7 for number in range(2_300)}
 
 
+def test_empty_ranges_of_a_listing_cost_one_request_each(s3_server):
+    """As where the parts of early shards are merged: behind each empty range lie all the parts of the late ones."""
+    bucket = s3_server.bucket()
+    (s3_server.folder / bucket / "t").mkdir()
+    names = [f"part-{number:05d}" for number in range(3_000, 6_000)]
+    for name in names:
+        (s3_server.folder / bucket / "t" / name).touch()
+    with FaultProxy(s3_server.endpoint_url) as proxy:
+        storage = Storage(f"s3://{bucket}", replace(s3_server.options, endpoint_url=proxy.endpoint_url))
+        assert storage.list_names("t", [f"part-{number:05d}" for number in range(0, 3_000, 500)]) == names
+        assert sum(request.is_listing for request in proxy.seen) == 6 + 3
+
+
 def test_one_object_a_prefix_and_a_glob_are_told_apart(storage):
     for name in ("a/one.wav", "a/one.wav.txt", "a/b/two.wav", "a/b/two.flac"):
         storage.write_atomic(name, audio_bytes(0.1))
