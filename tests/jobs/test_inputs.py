@@ -1,12 +1,17 @@
 """jobs/inputs and jobs/sources/rules.py: listing -> layout -> plan rows."""
 
+import base64
 import contextlib
 import gzip
 import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pyarrow.parquet.encryption as encryption
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,6 +24,7 @@ from jobs.sources.rules import SourceRules, check_host
 from jobs.storage.files import Storage
 from parakeet_core.errors import ConfigError, InputError
 
+REPOSITORY = Path(__file__).resolve().parents[2]
 REMOTE = SourceRules(remote=True)
 LOCAL = SourceRules(remote=False)
 
@@ -414,6 +420,29 @@ def test_the_size_of_an_audio_column_is_known_whatever_its_name(tmp_path):
         pq.write_table(hf_table(10).rename_columns({"audio": name}), tmp_path / "a.parquet")
         sizes += [row["size_bytes"] for row in rows_of(Storage(str(tmp_path)))]
     assert sizes[0] == sizes[1] > 0
+
+
+@pytest.mark.parametrize("plaintext_footer", [True, False])
+@pytest.mark.parametrize("column", ["audio.bytes", "sentence"])
+def test_an_encrypted_parquet_file_is_one_rejected_row(tmp_path, plaintext_footer, column):
+    class Keys(encryption.KmsClient):
+        def wrap_key(self, key_bytes, master_key_identifier):
+            return base64.b64encode(key_bytes)
+
+    chosen = encryption.EncryptionConfiguration(
+        "footer", column_keys={"key": [column]}, plaintext_footer=plaintext_footer
+    )
+    factory = encryption.CryptoFactory(lambda _: Keys())
+    properties = factory.file_encryption_properties(encryption.KmsConnectionConfig(), chosen)
+    pq.write_table(hf_table(2), tmp_path / "a.parquet", encryption_properties=properties)
+    pq.write_table(hf_table(2), tmp_path / "b.parquet")
+    scan = "from jobs.inputs.scan import *; import sys\n"  # in a process of its own, which it may end
+    scan += "for batch in scan_input(InputOptions(sys.argv[1])).batches(): print(*batch['id'], *batch['error_message'])"
+    done = subprocess.run([sys.executable, "-c", scan, str(tmp_path)], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "encrypted" in done.stdout
+    assert "b.parquet#0" in done.stdout
+    assert "a.parquet#0" not in done.stdout
 
 
 def test_any_damage_to_a_parquet_footer_is_one_rejected_row(storage):
