@@ -3,9 +3,11 @@
 Knows nothing of what is inside a tar (`jobs.reading`); of a Parquet file it reads only the footer.
 """
 
+import io
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import IO
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -17,6 +19,7 @@ from jobs.storage.files import Storage
 from parakeet_core.errors import ConfigError, ErrorKind, InputError
 
 FOOTER_THREADS = 16  # a footer is two small requests; 16 at a time read 10,000 footers at 50 ms each in about a minute
+SIGNATURE_BYTES = 28  # nonce and tag behind a plain footer of encrypted columns (Parquet's Encryption.md, section 4.2)
 REFERENCE_COLUMNS = ("text", "transcription", "sentence")  # as the audio sets on the Hugging Face hub name them
 
 
@@ -52,6 +55,7 @@ def _row_groups(storage: Storage, name: str, size_bytes: int) -> list[dict]:
             try:
                 parquet = pq.ParquetFile(file, pre_buffer=False)
                 audio = find_audio_column(parquet.schema_arrow)
+                _check_not_encrypted(file, parquet.metadata)
                 return [
                     {
                         "id": f"{name}#{first}",
@@ -74,6 +78,13 @@ def _row_groups(storage: Storage, name: str, size_bytes: int) -> list[dict]:
             raise ConfigError(f"the footers of the input cannot be read: {error.message}") from error
         row = {"id": name, "source": source, "audio_s": 0.0, "items": 1, "size_bytes": size_bytes}
         return [row | {"error_kind": str(error.kind), "error_message": f"{name}: {error.message}"}]
+
+
+def _check_not_encrypted(file: IO[bytes], metadata: pq.FileMetaData) -> None:
+    """Refuse a file with encrypted columns: asked for the size of one, Arrow 26 ends the process."""
+    file.seek(-8, io.SEEK_END)  # the length of the footer, and PAR1
+    if int.from_bytes(file.read(4), "little") == metadata.serialized_size + SIGNATURE_BYTES:
+        raise InputError(ErrorKind.BAD_RECORD, "the file has encrypted columns; expected plain ones, write it again")
 
 
 def _first_rows(metadata: pq.FileMetaData) -> Iterator[tuple[int, int, int]]:
@@ -108,7 +119,7 @@ class AudioColumn:
     def size_bytes(self, group: pq.RowGroupMetaData) -> int:
         """Uncompressed bytes of the audio column in one row group."""
         chunks = (group.column(index) for index in range(group.num_columns))
-        return sum(c.total_uncompressed_size for c in chunks if c.path_in_schema.split(".")[0] == self.name)
+        return sum(c.total_uncompressed_size for c in chunks if f"{c.path_in_schema}.".startswith(f"{self.name}."))
 
 
 def find_audio_column(schema: pa.Schema) -> AudioColumn:
@@ -142,6 +153,7 @@ def _is_binary(kind: pa.DataType) -> bool:
 
 
 def _is_scalar(kind: pa.DataType) -> bool:
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind  # the categories of pandas and Polars
     text = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_boolean(kind)
     return text or pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_temporal(kind)
 

@@ -39,7 +39,7 @@ def resolve_input(url: str, options: StorageOptions) -> tuple[Storage, str | Non
     given = os.path.normpath(url.removeprefix("file://")) if storage.is_local else whole
     if re.search(WILDCARD, given) and not storage.exists(""):
         return _resolve_glob(storage, given)
-    if is_file(storage):
+    if is_file(storage, slash=url.endswith("/")):
         parent, _, name = whole.rpartition("/")
         return Storage((parent or "/") if storage.is_local else f"{storage.scheme}://{parent}", options), None, name
     return storage, None, None
@@ -65,8 +65,12 @@ def _resolve_glob(storage: Storage, given: str) -> tuple[Storage, str, None]:
     return Storage(f"{storage.scheme}://{folders}", storage.options), glob, None
 
 
-def is_file(storage: Storage) -> bool:
-    """Whether the storage's own root is an object rather than a folder; MISSING_OBJECT if it is neither."""
+def is_file(storage: Storage, slash: bool = False) -> bool:
+    """Whether the storage's own root is an object rather than a folder; MISSING_OBJECT if it is neither.
+
+    Args:
+        slash: its URL ended with one: where an object has the name of a folder, the folder is meant.
+    """
     with storage_errors(storage.url, storage.options):
         if storage.is_local:
             return not os.path.isdir(storage.root) and os.stat(storage.root) is not None
@@ -74,13 +78,16 @@ def is_file(storage: Storage) -> bool:
             if "/" not in storage.root:
                 return False
             exact = next(s3_pages(storage.fs, storage.root, options=storage.options), [])
-            if any(key == storage.root for key, _ in exact):
+            is_object = any(key == storage.root for key, _ in exact)
+            if is_object and not slash:
                 return True
             if any(key.startswith(f"{storage.root}/") for key, _ in exact):
                 return False
             below = s3_pages(storage.fs, f"{storage.root}/", options=storage.options)
             if next((page for page in below if page), None):
                 return False
+            if is_object:
+                return True
             raise FileNotFoundError(storage.url)
         return storage.call("", storage.fs.info, storage.root)["type"] == "file"
 
@@ -142,19 +149,20 @@ def _may_hold(folder: str, pattern: str | None) -> bool:
 def _walk_local(root: str, pattern: str | None) -> Iterator[tuple[str, int]]:
     if not os.path.isdir(root):
         raise FileNotFoundError(root)
-    inside = os.path.realpath(root) + os.sep
+    inside = os.path.join(os.path.realpath(root), "")
     waiting, links, entered = [""], [], set()
+    link, own = "", None  # the link that is walked below, and its target under the root; None outside
     while waiting or links:
-        if (
-            not waiting
-        ):  # links to folders come last and sorted: which of two links to one folder counts is not left to chance
+        if not waiting:
+            # Links to folders come last and sorted: which of two links to one folder counts is not left to chance.
             links.sort()
-            folder = links.pop(0)
-            target = os.path.realpath(os.path.join(root, folder)) + os.sep
-            if target.startswith(inside) or inside.startswith(target) or target in entered:
-                continue  # listed already under its own name, or a cycle
+            link = links.pop(0)
+            target = os.path.join(os.path.realpath(os.path.join(root, link)), "")
+            own = target[len(inside) : -1] if target.startswith(inside) else None
+            if inside.startswith(target) or target in entered or (pattern is None and _is_listed(own, None)):
+                continue  # a cycle, or listed already
             entered.add(target)
-            waiting.append(folder)
+            waiting.append(link)
         folder = waiting.pop()
         with os.scandir(os.path.join(root, folder)) as entries:
             for entry in entries:
@@ -165,8 +173,15 @@ def _walk_local(root: str, pattern: str | None) -> Iterator[tuple[str, int]]:
                 elif entry.is_symlink() and os.path.isdir(entry.path):
                     if _may_hold(name, pattern):
                         links.append(name)
-                else:
+                elif own is None or not _is_listed(own + name[len(link) :], pattern):
                     yield name, _local_size(entry)
+
+
+def _is_listed(own: str | None, pattern: str | None) -> bool:
+    """Whether what a link leads to is listed under its own name, relative to the root, as well."""
+    if own is None or re.search(HIDDEN, own):
+        return False
+    return pattern is None or re.match(glob_translate(pattern), own) is not None
 
 
 def _local_size(entry: os.DirEntry) -> int:

@@ -8,6 +8,7 @@ Other keys are carried through as JSON. Signatures in URLs are not: they open th
 Source: https://docs.nvidia.com/nemo-framework/user-guide/latest/nemotoolkit/asr/datasets.html
 """
 
+import codecs
 import gzip
 import hashlib
 import io
@@ -28,6 +29,7 @@ from parakeet_core.errors import ConfigError, ErrorKind, InputError
 
 MAX_LINE_BYTES = 1 << 20  # a line describes one utterance; a megabyte is already a thousand times the usual
 BATCH_LINES = 16_384
+BATCH_BYTES = 64 << 20  # of lines; long ones would fill the memory, and at 2 GiB a column of Arrow ends
 MAX_CHANNEL = 1024  # far above any recorder; keeps the value inside the table's int32
 _OWN_KEYS = frozenset({"audio_filepath", "offset", "duration", "text", "channel", "id"})
 
@@ -49,15 +51,17 @@ def manifest_rows(
     """
     names = sorted(name for batch in listing for name in batch["name"].to_pylist())  # manifests are few, lines are many
     rows: list[dict] = []
+    size_bytes = 0
     for name in names:
         folder = storage.source(name).rpartition("/")[0]
         for number, line in _numbered_lines(storage, name):
             row = _row_of(line, name, number, storage.source(name), folder, rules, signed_urls)
             if row is not None:
                 rows.append(row)
-            if len(rows) == BATCH_LINES:
+                size_bytes += len(line) if isinstance(line, bytes) else 0
+            if len(rows) == BATCH_LINES or size_bytes >= BATCH_BYTES:
                 yield _batch(rows)
-                rows = []
+                rows, size_bytes = [], 0
     if rows:
         yield _batch(rows)
 
@@ -110,7 +114,7 @@ def _row_of(
     try:
         if isinstance(line, InputError):
             raise line
-        if not line.strip():
+        if not line.removeprefix(codecs.BOM_UTF8).strip():
             return None
         row = parse_line(line, folder, rules)
         shown = redact_url(row["source"])
@@ -140,12 +144,13 @@ def parse_line(line: bytes, folder: str, rules: SourceRules) -> dict:
     try:
         record = _DECODER.decode(line.decode("utf-8-sig").strip())
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
-        raise _bad(f"not JSON ({type(error).__name__}: {error}); found {line[:60]!r}") from error
+        found = _shown(line.decode(errors="replace"))
+        raise _bad(f"not JSON ({type(error).__name__}: {error}); found {found}") from error
     if not isinstance(record, dict):
         raise _bad(f"expected a JSON object, found {type(record).__name__}")
     path = record.get("audio_filepath")
     if not isinstance(path, str):
-        raise _bad(f"expected a string under audio_filepath, found {path!r:.60}")
+        raise _bad(f"expected a string under audio_filepath, found {_shown(path)}")
     offset_s, duration_s = _seconds(record, "offset"), _seconds(record, "duration")
     channel = _channel(record.get("channel"))
     text = record.get("text")
@@ -176,7 +181,7 @@ def _extra(record: dict) -> str | None:
         return mask_signatures(json.dumps(extra, ensure_ascii=False, allow_nan=False))
     except (ValueError, RecursionError) as error:  # 1e999 is read as infinity; lists 994 deep are read, not written
         raise _bad(
-            f"the keys {', '.join(extra)!r:.60} cannot be carried through as JSON ({error}); "
+            f"the keys {_shown(', '.join(extra))} cannot be carried through as JSON ({error}); "
             "expected finite numbers, and fewer levels"
         ) from error
 
@@ -184,7 +189,7 @@ def _extra(record: dict) -> str | None:
 def _identity(given: object, path: str, offset_s: float | None, duration_s: float | None, channel: int | None) -> str:
     if given is not None:
         if isinstance(given, bool) or not isinstance(given, str | int) or given == "":
-            raise _bad(f"expected a string or an integer under id, found {given!r:.60}")
+            raise _bad(f"expected a string or an integer under id, found {_shown(given)}")
         return redact_url(str(given))  # the URL itself, in some manifests
     segment = "" if offset_s is None else f"#{offset_s:.10g}-{'' if duration_s is None else format(duration_s, '.10g')}"
     return f"{redact_url(path)}{segment}{'' if channel is None else f'@{channel}'}"
@@ -195,7 +200,7 @@ def _seconds(record: dict, key: str) -> float | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise _bad(f"expected a number of seconds under {key}, found {value!r:.60}")
+        raise _bad(f"expected a number of seconds under {key}, found {_shown(value)}")
     if not 0 <= value < 1e9 or not math.isfinite(value):  # 1e9 s are 31 years
         message = f"{key} is {value!r:.60} s; expected 0 or more" + (", inside the audio" if key == "offset" else "")
         raise InputError(ErrorKind.BAD_SEGMENT, message)
@@ -209,7 +214,7 @@ def _channel(value: object) -> int | None:
         return None
     if isinstance(value, bool) or not isinstance(value, int):
         raise _bad(
-            f"expected one channel number (from 0) under channel, found {value!r:.60}; write one line per channel"
+            f"expected one channel number (from 0) under channel, found {_shown(value)}; write one line per channel"
         )
     if not 0 <= value <= MAX_CHANNEL:
         raise InputError(ErrorKind.BAD_CHANNEL, f"channel {value!r:.60}: expected 0 to {MAX_CHANNEL}")
@@ -221,6 +226,11 @@ def _check_text(text: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair, Arrow strings cannot hold it
         raise _bad(f"holds a character that is not Unicode text ({error.reason})") from error
+
+
+def _shown(value: object) -> str:
+    """The beginning of a value, for a message; redacted before it is cut, as half a URL hides what in it is secret."""
+    return redact_text(repr(value))[:60]
 
 
 def _bad(message: str) -> InputError:

@@ -137,7 +137,7 @@ def scan_input(options: InputOptions, listing: Iterator[pa.RecordBatch] | None =
         raise ConfigError(f"the input cannot be listed: {error}") from error
     chosen, reason = choose_format(options, counts, name)
     sources = replace(options.storage, signed_urls={})
-    extensions = _extensions_of(chosen, named=name is not None)
+    extensions = _extensions_of(chosen, named=name is not None, asked=options.format != "auto")
     rules = SourceRules.of(storage, options.allow_local_paths, options.allow_http)
 
     def open_batches() -> Iterator[pa.RecordBatch]:
@@ -150,7 +150,9 @@ def scan_input(options: InputOptions, listing: Iterator[pa.RecordBatch] | None =
             return tar_rows(storage, selected)
         return parquet_rows(storage, selected)
 
-    return InputScan(chosen, reason, storage.url, sources, counts, _left_out(counts, chosen), open_batches, spill)
+    return InputScan(
+        chosen, reason, storage.url, sources, counts, _left_out(counts, chosen, extensions), open_batches, spill
+    )
 
 
 def file_rows(storage: Storage, listing: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
@@ -242,22 +244,22 @@ def choose_format(options: InputOptions, counts: ListingCounts, name: str | None
     return chosen, f"the listing has {counts.describe()}"
 
 
-def _extensions_of(chosen: str, named: bool) -> frozenset[str] | None:
+def _extensions_of(chosen: str, named: bool, asked: bool) -> frozenset[str] | None:
     if named:
         return None  # the one file that was named, whatever it is called
     if chosen == "manifest":
-        return MANIFEST_EXTENSIONS | {"json"}
+        return MANIFEST_EXTENSIONS | {"json"} if asked else MANIFEST_EXTENSIONS
     return {"files": AUDIO_EXTENSIONS, "webdataset": TAR_EXTENSIONS, "parquet": PARQUET_EXTENSIONS}[chosen]
 
 
-def _left_out(counts: ListingCounts, chosen: str) -> str:
+def _left_out(counts: ListingCounts, chosen: str, read: frozenset[str] | None) -> str:
     parts = [f"{getattr(counts, kind)} {label}" for kind, label in _KINDS.items() if kind != chosen]
     parts = [part for part in parts if not part.startswith("0 ")]
-    if counts.other:
-        often = ", ".join(
-            f"{number} .{name}" if name else f"{number} without" for name, number in counts.other_extensions.items()
-        )
-        parts.append(f"{counts.other} files of other extensions ({often})")
+    others = {name: number for name, number in counts.other_extensions.items() if name not in (read or ())}
+    if others:
+        often = ", ".join(f"{number} .{name}" if name else f"{number} without" for name, number in others.items())
+        number = counts.other - sum(counts.other_extensions.values()) + sum(others.values())
+        parts.append(f"{number} files of other extensions ({often})")
     if counts.hidden:
         parts.append(f"{counts.hidden} hidden files (a name that starts with . or _)")
     return "not read: " + "; ".join(parts) if parts else ""

@@ -19,7 +19,7 @@ import pyarrow as pa
 from jobs.planning.facts import RowFacts, collect_rows
 from jobs.planning.planned_items import BLOCK_ROWS, PlannedItems
 from jobs.planning.sizing import Rate, estimate_audio_s, measure_rates
-from jobs.planning.unique_ids import Renamed, find_new, leave_out_rewritten, make_unique
+from jobs.planning.unique_ids import Renamed, find_new, leave_out_broken, leave_out_rewritten, make_unique
 from jobs.storage.connections import DEFAULT_OPTIONS, StorageOptions
 from parakeet_core.errors import ConfigError
 
@@ -127,14 +127,15 @@ def plan_shards(
     planned = planned or PlannedItems()
     facts, codes, sampler = collect_rows(batches, spill.name, planned)
     fresh = find_new(facts, spill.name, planned)
+    leave_out_broken(facts, fresh, spill.name, planned)
     rewritten = leave_out_rewritten(facts, fresh)
     renamed = make_unique(facts, fresh, spill.name, planned)
     rates = measure_rates(sampler, options.storage)
     facts.audio_s = estimate_audio_s(rates, codes, facts.size_bytes, facts.audio_s)
     del codes
-    total_s = float(facts.audio_s[fresh].sum(dtype=np.float64))
-    limit_s = options.shard_audio_s or float(np.clip(total_s / AUTO_SHARDS, AUTO_MIN_S, AUTO_MAX_S))
     order = order_rows(facts, np.flatnonzero(fresh))
+    total_s = float(facts.audio_s[order].sum(dtype=np.float64))  # in this order: sums are rounded
+    limit_s = options.shard_audio_s or float(np.clip(total_s / AUTO_SHARDS, AUTO_MIN_S, AUTO_MAX_S))
     shard_of, audio = cut_shards(facts, order, limit_s, options)
     rows = np.bincount(shard_of[order], minlength=len(audio))
     items = np.bincount(shard_of[order], weights=np.maximum(facts.items[order], 0), minlength=len(audio))

@@ -9,9 +9,10 @@ The names hold the plan's fingerprint, and so do the names of its shards and of 
 once cannot mix theirs; the JSON file decides.
 """
 
+import itertools
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -85,7 +86,7 @@ def write_plan(storage: Storage, plan: Plan, options: dict | None = None) -> Gen
         items_files.append(f"{stem}-items-{number:05d}.parquet")
         storage.write_atomic(f"{FOLDER}/{items_files[-1]}", data)
     shards_file = f"{stem}-shards.parquet"
-    storage.write_atomic(f"{FOLDER}/{shards_file}", _parquet_bytes(shard_table(plan, files)))
+    storage.write_atomic(f"{FOLDER}/{shards_file}", _parquet_bytes([shard_table(plan, files)], SHARD_SCHEMA))
     generation = Generation(
         generation=plan.generation,
         fingerprint=plan.fingerprint,
@@ -142,9 +143,14 @@ def plan_files(plan: Plan) -> Iterator[tuple[int, bytes]]:
         shards = table["shard"].to_numpy()[order.to_numpy()]
         for number in np.flatnonzero(bucket_of_file == bucket):
             first, last = number * SHARDS_PER_FILE, min((number + 1) * SHARDS_PER_FILE, plan.shards)
-            edges = np.searchsorted(shards, np.arange(first, last + 1))
-            rows = table.take(order[int(edges[0]) : int(edges[-1])]).drop_columns(["shard"])
-            yield int(number), _parquet_bytes(rows.cast(PLAN_SCHEMA), edges - edges[0])
+            edges = np.searchsorted(shards, np.arange(first, last + 1)).tolist()
+            # Shard by shard: a file may hold more text than a column of Arrow's strings can.
+            groups = (_rows_of(table, order[start:stop]) for start, stop in itertools.pairwise(edges))
+            yield int(number), _parquet_bytes(groups, PLAN_SCHEMA)
+
+
+def _rows_of(table: pa.Table, rows: pa.Array) -> pa.Table:
+    return table.take(rows).drop_columns(["shard"]).cast(PLAN_SCHEMA)
 
 
 def _in_one_chunk(table: pa.Table) -> pa.Table:
@@ -188,17 +194,17 @@ def _distribute(plan: Plan, bucket_of_file: np.ndarray, folder: str) -> None:
         file.close()
 
 
-def _parquet_bytes(table: pa.Table, edges: np.ndarray | None = None) -> bytes:
-    """Parquet with one row group per range between `edges`. Statistics would only make the footer larger."""
+def _parquet_bytes(groups: Iterable[pa.Table], schema: pa.Schema) -> bytes:
+    """Parquet with one row group per table. Statistics would only make the footer larger."""
     sink = pa.BufferOutputStream()
     options = {
         "compression": "zstd",
         "write_statistics": False,
         "use_dictionary": ["layout", "error_kind", "plan_file"],
     }
-    with pq.ParquetWriter(sink, table.schema, **options) as writer:
-        for start, stop in zip(edges[:-1], edges[1:], strict=True) if edges is not None else [(0, len(table))]:
-            writer.write_table(table.slice(int(start), int(stop - start)), row_group_size=max(1, int(stop - start)))
+    with pq.ParquetWriter(sink, schema, **options) as writer:
+        for group in groups:
+            writer.write_table(group, row_group_size=max(1, len(group)))
     return sink.getvalue().to_pybytes()
 
 

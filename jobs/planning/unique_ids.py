@@ -75,6 +75,17 @@ def leave_out_rewritten(facts: RowFacts, new: np.ndarray) -> int:
     return int(rewritten.sum())
 
 
+def leave_out_broken(facts: RowFacts, new: np.ndarray, folder: str, planned: PlannedItems) -> None:
+    """Take from `new` the Parquet files that cannot be used now, but were planned when they could.
+
+    Their items are in the plan. The one error row of a file that cannot be used would come beside them.
+    """
+    rows = np.flatnonzero(facts.rejected & facts.container & new) if len(planned) else ()
+    for first, batch, chosen in _spilled(rows, folder) if len(rows) else ():
+        first_items = pc.binary_join_element_wise(batch["id"].take(chosen), "0", "#")  # as `parquet_rows` calls them
+        new[first + chosen.to_numpy()] = ~planned.holds(digest_strings(first_items))
+
+
 def _unmatched(digest: np.ndarray, places: np.ndarray, planned: PlannedItems) -> np.ndarray:
     """Rows, in input order, for which the plan has no item of this id and place left. bool [R]."""
     held = Counter(_keys(*planned.places(sort_digests(digest))))

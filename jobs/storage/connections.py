@@ -229,7 +229,7 @@ def s3_keys(
         found = []
         for page in s3_pages(fs, prefix, "/", start, options):
             found += [key for key, _ in page if end is None or key <= prefix + end]
-            if len(found) and end is not None and page and page[-1][0] >= prefix + end:
+            if end is not None and page and page[-1][0] >= prefix + end:
                 break
         return found
 

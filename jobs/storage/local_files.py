@@ -139,7 +139,10 @@ def remove_dead_temporaries(folder: str) -> int:
 
 
 def _remove_if_dead(path: str, own: bool) -> bool:
-    handle = os.open(path, os.O_RDONLY)
+    try:
+        handle = os.open(path, os.O_RDWR)  # on NFS who only reads gets no lock (EBADF)
+    except PermissionError:
+        return False  # another user's: left to them
     try:
         if not own and time.time() - os.fstat(handle).st_mtime < FOREIGN_LIFE_S:
             return False

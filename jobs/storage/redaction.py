@@ -14,7 +14,8 @@ _SIGNING = re.compile(
 )
 _USER = re.compile(r"(://)[^/@\s]+@")
 # To the end of the query, over escapes of JSON and repr (\u00e9), but not over an escaped quote, which ends the text.
-_URL_WITH_QUERY = re.compile(r"https?://[^\s?\"'\\]+\?(?:[^\s\"'\\]|\\(?![\"']))*", re.IGNORECASE)
+# Without a query as well: a search that gave such a URL up would begin anew at each http:// within it.
+_URL = re.compile(r"https?://(?:[^\s?\"'\\]|\\(?![\"']))+(?:\?(?:[^\s\"'\\]|\\(?![\"']))*)?", re.IGNORECASE)
 _SIGNATURE = re.compile(
     r"([?&](?:x-amz-signature|x-amz-credential|x-amz-security-token|x-goog-signature|x-goog-credential|awsaccesskeyid"
     r"|signature|sig)=)[^&\s\"'\\]+",
@@ -39,7 +40,7 @@ def redact_url(url: str) -> str:
 
 def redact_text(text: str) -> str:
     """`text` with every URL in it redacted."""
-    return _URL_WITH_QUERY.sub(lambda found: redact_url(found[0]), _USER.sub(rf"\1{HIDDEN}@", text))
+    return _URL.sub(lambda found: redact_url(found[0]), _USER.sub(rf"\1{HIDDEN}@", text))
 
 
 def mask_signatures(text: str) -> str:

@@ -1,12 +1,17 @@
 """jobs/inputs and jobs/sources/rules.py: listing -> layout -> plan rows."""
 
+import base64
 import contextlib
 import gzip
 import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pyarrow.parquet.encryption as encryption
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,6 +24,7 @@ from jobs.sources.rules import SourceRules, check_host
 from jobs.storage.files import Storage
 from parakeet_core.errors import ConfigError, InputError
 
+REPOSITORY = Path(__file__).resolve().parents[2]
 REMOTE = SourceRules(remote=True)
 LOCAL = SourceRules(remote=False)
 
@@ -62,6 +68,16 @@ def test_layout_is_found_from_the_listing(storage):
     assert sorted(row["id"] for row in rows) == ["x-0.tar", "x-1.tar.gz"]
     assert {row["layout"] for row in rows} == {"tar"}
     assert {row["items"] for row in rows} == {None}
+
+
+def test_json_files_beside_manifests_are_read_only_when_asked_for(tmp_path):
+    (tmp_path / "train.jsonl").write_bytes(jsonl({"audio_filepath": "a.wav"}))
+    (tmp_path / "dev.json").write_bytes(jsonl({"audio_filepath": "b.wav"}))
+    storage = Storage(str(tmp_path))
+    assert [row["id"] for row in rows_of(storage)] == ["a.wav"]
+    assert "1 .json" in scan_input(InputOptions(storage.url)).left_out
+    assert [row["id"] for row in rows_of(storage, format="manifest")] == ["b.wav", "a.wav"]
+    assert scan_input(InputOptions(storage.url, format="manifest")).left_out == ""
 
 
 def test_a_mix_is_refused_with_counts_and_the_option(storage):
@@ -232,6 +248,37 @@ def test_bad_manifest_lines_are_rows_and_the_rest_goes_on(tmp_path):
     assert all(len(row["error_message"]) < 400 for row in rows[1:-1])
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"audio_filepath": "https://user:%s@host/a.wav"',
+        '{"audio_filepath": ["https://user:%s@host/a.wav"]}',
+        '{"audio_filepath": "a.wav", "id": ["https://user:%s@host/a.wav"]}',
+        '{"audio_filepath": "a.wav", "channel": "https://user:%s@host/a.wav"}',
+        '{"audio_filepath": "https://host/caf\\u00e9?X-Amz-Signature=%s", ',
+    ],
+)
+def test_secrets_in_a_bad_line_are_gone_before_it_is_cut_short(tmp_path, line):
+    (tmp_path / "m.jsonl").write_text(line % ("canary" * 20) + "\n")
+    (row,) = rows_of(Storage(str(tmp_path)))
+    assert row["error_kind"] == "bad_record"
+    assert "canary" not in str(row)
+
+
+def test_long_lines_of_a_manifest_come_in_batches_that_memory_and_arrow_hold(tmp_path):
+    record = {"audio_filepath": "a.wav", "note": "x" * 1_000_000}
+    (tmp_path / "m.jsonl").write_bytes(jsonl(*[record | {"id": number} for number in range(150)]))
+    with scan_input(InputOptions(str(tmp_path))) as scan:
+        batches = list(scan.batches())
+    assert sum(len(batch) for batch in batches) == 150
+    assert max(batch.nbytes for batch in batches) < 70 << 20
+
+
+def test_a_byte_order_mark_before_a_blank_line_is_no_item(tmp_path):
+    (tmp_path / "m.jsonl").write_bytes(b'\xef\xbb\xbf\r\n\r\n{"audio_filepath": "a.wav"}\r\n')
+    assert [row["id"] for row in rows_of(Storage(str(tmp_path)))] == ["a.wav"]
+
+
 def test_torn_gzip_manifest_gives_its_lines_and_one_error(tmp_path):
     whole = gzip.compress(jsonl(*({"audio_filepath": f"{n}-{hash(n * 7919)}.wav"} for n in range(5000))))
     (tmp_path / "m.jsonl.gz").write_bytes(whole[: len(whole) // 2])
@@ -365,6 +412,37 @@ def test_parquet_row_groups_become_rows(storage):
     assert rows["torn.parquet"]["error_kind"] == "torn_archive"
     assert rows["other.parquet"]["error_kind"] == "bad_record"
     assert "audio" in rows["other.parquet"]["error_message"]
+
+
+def test_the_size_of_an_audio_column_is_known_whatever_its_name(tmp_path):
+    sizes = []
+    for name in ("audio", "clip.audio"):
+        pq.write_table(hf_table(10).rename_columns({"audio": name}), tmp_path / "a.parquet")
+        sizes += [row["size_bytes"] for row in rows_of(Storage(str(tmp_path)))]
+    assert sizes[0] == sizes[1] > 0
+
+
+@pytest.mark.parametrize("plaintext_footer", [True, False])
+@pytest.mark.parametrize("column", ["audio.bytes", "sentence"])
+def test_an_encrypted_parquet_file_is_one_rejected_row(tmp_path, plaintext_footer, column):
+    class Keys(encryption.KmsClient):
+        def wrap_key(self, key_bytes, master_key_identifier):
+            return base64.b64encode(key_bytes)
+
+    chosen = encryption.EncryptionConfiguration(
+        "footer", column_keys={"key": [column]}, plaintext_footer=plaintext_footer
+    )
+    factory = encryption.CryptoFactory(lambda _: Keys())
+    properties = factory.file_encryption_properties(encryption.KmsConnectionConfig(), chosen)
+    pq.write_table(hf_table(2), tmp_path / "a.parquet", encryption_properties=properties)
+    pq.write_table(hf_table(2), tmp_path / "b.parquet")
+    scan = "from jobs.inputs.scan import *; import sys\n"  # in a process of its own, which it may end
+    scan += "for batch in scan_input(InputOptions(sys.argv[1])).batches(): print(*batch['id'], *batch['error_message'])"
+    done = subprocess.run([sys.executable, "-c", scan, str(tmp_path)], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "encrypted" in done.stdout
+    assert "b.parquet#0" in done.stdout
+    assert "a.parquet#0" not in done.stdout
 
 
 def test_any_damage_to_a_parquet_footer_is_one_rejected_row(storage):

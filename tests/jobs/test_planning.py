@@ -75,6 +75,18 @@ def test_the_order_of_the_listing_does_not_enter(tmp_path):
     assert len(stored[0]) == 4
 
 
+def test_rounding_of_the_total_does_not_bring_the_order_in():
+    """Lengths from a nanosecond to half a minute: their sum has more digits than a float."""
+    seconds = 10 ** np.random.default_rng(0).uniform(-9, 1.5, 20_000)
+    rows = [{"id": f"{n}", "source": f"/x/{n}", "audio_s": s, "items": 1} for n, s in enumerate(seconds.tolist())]
+    prints = set()
+    for seed in range(4):
+        np.random.default_rng(seed).shuffle(rows)
+        with plan_shards(batches_of(rows, 5_000)) as plan:
+            prints.add(plan.fingerprint)
+    assert len(prints) == 1
+
+
 def test_every_row_is_in_one_shard_and_shards_hold_their_limits(storage):
     rows = known_rows(500)
     with plan_shards(batches_of(rows), PlanOptions(shard_audio_s=400, shard_items=40)) as plan:
@@ -248,6 +260,16 @@ def test_many_plan_files_and_buckets_hold_every_row(tmp_path, monkeypatch, limit
     assert sorted(x for ids in stored for x in ids) == sorted(row["id"] for row in rows)
     last = read_plan(storage, list_generations(storage)).to_pylist()[-1]
     assert len(read_shard(storage, last["plan_file"], last["row_group"])) == last["rows"]
+
+
+@pytest.mark.slow
+def test_a_plan_file_may_hold_more_text_than_strings_of_arrow(tmp_path):
+    """2.2 GB of the manifest's other keys in one plan file: 30 s, and several GB of memory."""
+    storage, note = Storage(str(tmp_path)), json.dumps({"note": "x" * 1_000_000})
+    rows = [{"id": str(n), "source": f"/x/{n}.wav", "audio_s": 3.0, "items": 1, "extra": note} for n in range(2200)]
+    with plan_shards(batches_of(rows, 50)) as plan:
+        assert len(write_plan(storage, plan).files) == 1
+    assert len(all_rows(storage)) == 2200
 
 
 def test_stored_digests_are_those_of_the_rows_of_every_generation(tmp_path, monkeypatch):
@@ -434,6 +456,34 @@ def test_a_parquet_file_written_again_in_other_row_groups_has_its_rows_once(stor
     again = groups("d.parquet", 2, 2, 2, 2) + groups("e.parquet", 3, 3)
     with plan_shards(again, planned=stored_items(storage), generation=1) as plan:
         assert (plan.items, plan.rewritten) == (6, 2)  # those of e.parquet; d's groups at rows 2 and 6
+
+
+def test_a_planned_parquet_file_that_breaks_later_gets_no_row_of_its_own(storage):
+    """Its items stand in the plan. One that was broken from the start has its row."""
+    source = Storage(f"{storage.url}/in", storage.options)
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table({"audio": [{"bytes": audio_bytes(), "path": "a.wav"}] * 4}), sink, row_group_size=2)
+    whole = sink.getvalue().to_pybytes()
+
+    def added() -> list[str]:
+        generations = list_generations(storage)
+        with (
+            scan_input(InputOptions(source.url, storage=source.options)) as scan,
+            plan_shards(scan.batches(), PlanOptions(), stored_items(storage), len(generations)) as plan,
+        ):
+            before = {row["id"] for row in all_rows(storage)}
+            if plan.shards:
+                write_plan(storage, plan)
+        return sorted({row["id"] for row in all_rows(storage)} - before)
+
+    source.write_atomic("a.parquet", whole)
+    source.write_atomic("broken.parquet", whole[:100])
+    assert added() == ["a.parquet#0", "a.parquet#2", "broken.parquet"]
+    source.write_atomic("a.parquet", whole[:100])
+    assert added() == []
+    source.write_atomic("a.parquet", whole)
+    source.write_atomic("broken.parquet", whole)
+    assert added() == ["broken.parquet#0", "broken.parquet#2"]
 
 
 def test_a_name_that_the_plan_made_is_not_given_again_where_nothing_else_repeats(storage):

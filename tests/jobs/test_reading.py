@@ -500,7 +500,7 @@ def test_parquet_rows_become_items(storage):
     assert kinds(items)["t.parquet#2"] == "bad_record"
     assert items[3].payload == audio_bytes(0.04)
     assert (items[30].reference, items[30].member) == ("t30", "30.wav")
-    assert json.loads(items[30].extra)["n"] == 30
+    assert json.loads(items[30].extra) == {"n": 30, "accent": "x"}
 
 
 def test_damaged_parquet_pages_give_an_error_for_each_missing_row(tmp_path):

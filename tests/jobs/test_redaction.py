@@ -1,5 +1,7 @@
 """jobs/storage/redaction.py: what of a URL may be written down."""
 
+import time
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -32,6 +34,17 @@ def test_urls_in_messages_and_json_are_redacted_to_their_end():
         assert "https://h/a.wav?***" in redacted
     assert redact_text(f'{{"url": "{SIGNED}canary", "b": 1}}') == '{"url": "https://h/a.wav?***", "b": 1}'
     assert redact_text(f'"{{\\"url\\": \\"{SIGNED}canary\\"}}"') == '"{\\"url\\": \\"https://h/a.wav?***\\"}"'
+
+
+def test_escapes_in_the_path_of_a_url_do_not_hide_its_query():
+    signed = SIGNED.replace("a.wav", "caf\\u00e9.wav")
+    assert redact_text(f'"{signed}canary"') == '"https://h/caf\\u00e9.wav?***"'
+
+
+def test_a_text_of_many_urls_is_redacted_in_time_that_grows_with_it():
+    started = time.monotonic()
+    assert redact_text("http://" * 150_000).startswith("http://")  # 1 MB, the longest line of a manifest
+    assert time.monotonic() - started < 10  # 0.1 s; in squared time 7 minutes
 
 
 def test_metadata_keeps_its_links_but_for_signatures():

@@ -1,5 +1,7 @@
 """jobs/storage/files.py against local disk and a real S3 server."""
 
+import errno
+import fcntl
 import os
 import pickle
 import signal
@@ -15,12 +17,13 @@ import pytest
 from fault_proxy import DENIED, FaultProxy
 from fsspec.implementations.memory import MemoryFileSystem
 from job_samples import audio_bytes
+from moto.server import ThreadedMotoServer
 
 from jobs.inputs.listing import list_files, resolve_input
 from jobs.sources.reader import SourceReader
 from jobs.storage.connections import StorageOptions, scrub
 from jobs.storage.files import Storage
-from jobs.storage.local_files import HIDDEN_PREFIX
+from jobs.storage.local_files import HIDDEN_PREFIX, _own_prefix
 from parakeet_core.errors import ConfigError, CredentialsError, ErrorKind, InputError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -162,6 +165,25 @@ def test_temporaries_of_dead_writers_go_and_those_of_living_ones_stay(tmp_path):
     writers[1].communicate("whole\n", timeout=60)
     assert writers[1].returncode == 0
     assert files_in(tmp_path) == [f".tmp/{HIDDEN_PREFIX}elsewhere-young", "table/alive"]
+
+
+def test_what_a_killed_writer_left_is_removed_where_only_who_writes_may_lock(tmp_path, monkeypatch):
+    """As on NFS, whose client makes flock a lock of fcntl; see flock(2)."""
+
+    def flock_of_nfs(file, operation: int) -> None:
+        mode = fcntl.fcntl(file, fcntl.F_GETFL) & os.O_ACCMODE
+        if operation & fcntl.LOCK_EX and mode == os.O_RDONLY:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        flock(file, operation)
+
+    flock = fcntl.flock
+    monkeypatch.setattr(fcntl, "flock", flock_of_nfs)
+    (tmp_path / ".tmp").mkdir()
+    (tmp_path / f".tmp/{_own_prefix()}0123").write_bytes(b"half")
+    storage = Storage(str(tmp_path))
+    storage.write_atomic("table/part", b"whole")
+    assert storage.remove_dead_temporaries() == 1
+    assert files_in(tmp_path) == ["table/part"]
 
 
 def test_half_written_files_are_not_listed(tmp_path):
@@ -334,6 +356,19 @@ def test_listing_pages_are_complete(s3_server):
     assert listed == {f"deep/{number:05d}.wav": number % 7 for number in range(2_300)}
 
 
+def test_empty_ranges_of_a_listing_cost_one_request_each(s3_server):
+    """As where the parts of early shards are merged: behind each empty range lie all the parts of the late ones."""
+    bucket = s3_server.bucket()
+    (s3_server.folder / bucket / "t").mkdir()
+    names = [f"part-{number:05d}" for number in range(3_000, 6_000)]
+    for name in names:
+        (s3_server.folder / bucket / "t" / name).touch()
+    with FaultProxy(s3_server.endpoint_url) as proxy:
+        storage = Storage(f"s3://{bucket}", replace(s3_server.options, endpoint_url=proxy.endpoint_url))
+        assert storage.list_names("t", [f"part-{number:05d}" for number in range(0, 3_000, 500)]) == names
+        assert sum(request.is_listing for request in proxy.seen) == 6 + 3
+
+
 def test_one_object_a_prefix_and_a_glob_are_told_apart(storage):
     for name in ("a/one.wav", "a/one.wav.txt", "a/b/two.wav", "a/b/two.flac"):
         storage.write_atomic(name, audio_bytes(0.1))
@@ -353,6 +388,24 @@ def test_one_object_a_prefix_and_a_glob_are_told_apart(storage):
     assert caught.value.kind == ErrorKind.MISSING_OBJECT
 
 
+def test_a_slash_tells_a_folder_from_an_object_of_its_name():
+    """rclone's server keeps objects as files, and cannot hold both; so this is moto's."""
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    try:
+        options = StorageOptions("http://{}:{}".format(*server.get_host_and_port()), "us-east-1", "key", "secret")
+        bucket = Storage("s3://moto-bucket", options)
+        bucket.fs.call_s3("create_bucket", Bucket="moto-bucket")
+        for name in ("speech", "speech/a.wav", "speech/a.tar"):
+            bucket.write_atomic(name, b"1")
+        cases = {"speech": "speech", "speech/": None, "speech/a.tar": "a.tar", "speech/a.tar/": "a.tar"}
+        for url, expected in cases.items():
+            found, _, name = resolve_input(f"s3://moto-bucket/{url}", options)
+            assert (name, found.root) == (expected, "moto-bucket" if url == "speech" else "moto-bucket/speech")
+    finally:
+        server.stop()
+
+
 def test_links_to_folders_are_followed_once(tmp_path):
     outside, inside = tmp_path / "outside", tmp_path / "in"
     outside.mkdir()
@@ -365,3 +418,22 @@ def test_links_to_folders_are_followed_once(tmp_path):
     os.symlink(inside, outside / "back")
     names = [name for batch in list_files(Storage(str(inside))) for name in batch["name"].to_pylist()]
     assert sorted(names) == ["link1/a.wav", "real/b.wav"]
+
+
+def test_a_link_counts_where_its_folder_is_hidden_or_no_match_of_the_glob(tmp_path):
+    for name in ("releases/v5/a.wav", "releases/v5/deep/b.wav", ".store/c.wav"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"1")
+    os.symlink("releases/v5", tmp_path / "latest")
+    os.symlink("../..", tmp_path / "releases/v5/cycle")
+    os.symlink(".store", tmp_path / "data")
+    cases = {
+        "*/*.wav": ["data/c.wav", "latest/a.wav"],
+        "lat*/**/*.wav": ["latest/a.wav", "latest/deep/b.wav"],
+        "*/*/*.wav": ["latest/deep/b.wav", "releases/v5/a.wav"],
+        "**/*.wav": ["data/c.wav", "releases/v5/a.wav", "releases/v5/deep/b.wav"],
+        None: ["data/c.wav", "releases/v5/a.wav", "releases/v5/deep/b.wav"],
+    }
+    for pattern, expected in cases.items():
+        names = [name for batch in list_files(Storage(str(tmp_path)), pattern) for name in batch["name"].to_pylist()]
+        assert sorted(name for name in names if not name.startswith(".store/")) == expected, pattern
