@@ -5,7 +5,7 @@
     audio_source.py   bytes, path or file object as one seekable source
     audio_info.py     header facts, their types and limits
     audio_headers.py  what the container declares, against the bytes present
-    audio_chunks.py   the same for wav and its like
+    audio_chunks.py   the same for wav and similar containers
     audio_mp3.py      frame headers of mp3
     audio_sndfile.py  blocks of samples by libsndfile
     audio_av.py       blocks of samples by PyAV, for what libsndfile lacks
@@ -41,15 +41,16 @@ __all__ = [
 ]
 
 DEFAULT_MAX_DURATION_S = 12 * 3600.0  # 2.8 GB of float32 at 16 kHz; longer recordings are better given as segments
-# A segment may end this far behind the audio and is clipped. Manifests round durations, down to 0.1 s, and other tools
-# count the delay and padding of mp3 and AAC (at 16 kHz up to 0.11 s and 0.2 s), which libsndfile and FFmpeg cut off.
+# A segment may end this far after the end of the audio, and is clipped. Manifests round durations, some to 0.1 s, and
+# other tools count the delay and padding of mp3 and AAC (at 16 kHz up to 0.11 s and 0.2 s), which libsndfile and FFmpeg
+# cut off.
 SEGMENT_TOLERANCE_S = 0.25
-# Full scale is 1.0, and 2^31 where 32-bit integers were kept as floats. Nothing louder was ever recorded, and from some
-# 2^60 on its squares overflow: all features of the item would be NaN, and its text empty or junk.
+# Full scale is 1.0, or 2^31 if 32-bit integers were stored as floats. Nothing louder was ever recorded, and from about
+# 2^60 on squares overflow: all features of the item would be NaN, and its text empty or junk.
 MAX_LEVEL = 2.0**40
-LONGEST_S = 1e9  # 31 years; sample numbers of what is beyond may not fit the integers of decoders
+LONGEST_S = 1e9  # 31 years; sample numbers beyond it may not fit the decoders' integers
 BLOCK_SAMPLES = 1 << 16  # decoded at a time, over all channels; 256 KiB, soxr's fastest (measured 64 KiB to 4 MiB)
-DIRECT_SAMPLES = 1 << 20  # the same where nothing is resampled: 65 s at 16 kHz come without a copy
+DIRECT_SAMPLES = 1 << 20  # the same without resampling: 65 s at 16 kHz need no copy
 
 SourceLike = bytes | bytearray | memoryview | str | os.PathLike | BinaryIO
 
@@ -59,9 +60,9 @@ class Audio:
     """One decoded item.
 
     Args:
-        waveform: [S] float32, mono, at the rate asked for; full scale is 1.0, and is not enforced.
+        waveform: [S] float32, mono, at the requested rate; full scale is 1.0, and is not enforced.
         info: header facts of the source.
-        duration_s: of the decoded part: its frames at the source's own rate.
+        duration_s: of the decoded part, from its frames at the source's own rate.
     """
 
     waveform: np.ndarray
@@ -73,7 +74,7 @@ def probe_audio(source: SourceLike) -> AudioInfo:
     """Read the header facts of a source without decoding a sample.
 
     Raises:
-        InputError: EMPTY_FILE, NOT_AUDIO, ABSURD_HEADER, DECODER_MISSING, or TRUNCATED where the header itself is cut.
+        InputError: EMPTY_FILE, NOT_AUDIO, ABSURD_HEADER, DECODER_MISSING, or TRUNCATED if the header itself is cut.
         OSError: what the path or the file object raises.
     """
     with Source(source) as src:
@@ -103,9 +104,9 @@ def load_audio(
 ) -> Audio:
     """Decode a source, or a segment of it, to mono at one rate.
 
-    The format is decided by content, never by a name. A segment is the frames `round(offset_s * rate)` on,
-    `round(duration_s * rate)` of them, at the source's own rate (half rounds up). F frames become
-    `round(F * sample_rate_hz / rate)` samples. A segment is resampled by itself, as if silence surrounded it. Without
+    The format is detected from the content, never from a name. A segment begins at frame `round(offset_s * rate)` and
+    has `round(duration_s * rate)` frames, at the source's own rate (half rounds up). F frames become
+    `round(F * sample_rate_hz / rate)` samples. A segment is resampled alone, as if silence surrounded it. Without
     resampling the samples are those of libsndfile, bit for bit.
 
     Args:
@@ -113,7 +114,8 @@ def load_audio(
             open).
         sample_rate_hz: rate of the result.
         offset_s: where to start.
-        duration_s: how much to decode; None: up to the end. At most `SEGMENT_TOLERANCE_S` behind the end is clipped.
+        duration_s: how much to decode; None: up to the end. A segment that ends up to
+            `SEGMENT_TOLERANCE_S` after the end is clipped.
         channel: "mix" (the mean over channels, before resampling), "first", or an index.
         max_duration_s: longest part to decode; None: no limit.
 
@@ -162,7 +164,7 @@ def _load(src, decoder, sample_rate_hz, offset_s, duration_s, channel, max_durat
         block_samples = DIRECT_SAMPLES if rate == sample_rate_hz and count is not None else BLOCK_SAMPLES
         for block in decoder.blocks(start, wanted, max(1, block_samples // info.channels)):
             mono = _to_mono(block, column)
-            if info.codec not in SAMPLE_BYTES:  # integers of libsndfile cannot be NaN
+            if info.codec not in SAMPLE_BYTES:  # libsndfile's integer formats cannot hold NaN
                 _require_finite(src, mono, (start + frames) / rate)
             frames += len(block)
             yield mono
@@ -187,7 +189,7 @@ def _resolve_channel(src: Source, info: AudioInfo, channel: str | int) -> int | 
 
 
 def _resolve_segment(src: Source, decoder, offset_s: float, duration_s: float | None) -> tuple[int, int | None]:
-    """Return first frame and number of frames (None: up to an end that is not known)."""
+    """Return first frame and number of frames (None: up to an unknown end)."""
     for name, value in (("offset", offset_s), ("duration", duration_s)):
         if value is not None and not 0 <= value < LONGEST_S:  # NaN compares as false
             found = f"{name} {value} s, expected 0 or more and less than {LONGEST_S:.0e}"
@@ -245,12 +247,12 @@ def _too_long(src: Source, duration_s: float, max_duration_s: float) -> InputErr
 
 
 def _to_mono(block: np.ndarray, column: int | None) -> np.ndarray:
-    """Return [n] of [n, C]: one column, or the mean; by columns, as a mean over rows of 2 is 10 times slower."""
+    """Return [n] of [n, C]: one column, or the mean, added up by columns: a mean over rows of 2 is 10 times slower."""
     if block.shape[1] == 1:
         return block[:, 0]
     if column is not None:
         return np.ascontiguousarray(block[:, column])
-    with np.errstate(over="ignore", invalid="ignore"):  # the sum of values that are not finite is looked at next
+    with np.errstate(over="ignore", invalid="ignore"):  # sums that are not finite are reported later
         mono = block[:, 0] + block[:, 1]
         for index in range(2, block.shape[1]):
             mono += block[:, index]
@@ -274,7 +276,7 @@ def _resample(chunks: Iterator[np.ndarray], rate: int, sample_rate_hz: int) -> I
 
 
 def _gather(chunks: Iterator[np.ndarray]) -> np.ndarray:
-    """Join blocks in one array that grows by a quarter with realloc: memory follows what arrived, not a header."""
+    """Join blocks in one array that grows by a quarter with realloc: memory follows what has arrived, not a header."""
     waveform = next(chunks, np.empty(0, np.float32))
     filled = len(waveform)
     for chunk in chunks:

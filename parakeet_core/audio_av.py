@@ -1,7 +1,7 @@
-"""Decoding by FFmpeg through PyAV, an optional extra: m4a, mp4, aac, webm, mkv, and of Ogg chains, FLAC and Speex.
+"""Decoding by FFmpeg through PyAV, an optional extra: m4a, mp4, aac, webm, mkv, chained Ogg, and FLAC and Speex in Ogg.
 
-The demuxer is named from the header that was read, never guessed by FFmpeg: its list has playlists, which would open
-the files and addresses that the content names.
+The demuxer is chosen from the header that was read, never guessed by FFmpeg, whose list includes playlists: these would
+open the files and addresses that the content names.
 """
 
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from parakeet_core.errors import ErrorKind
 
 DEMUXERS = {"MP4": "mov", "MATROSKA": "matroska", "ADTS": "aac", "OGG": "ogg"}
 SEEKABLE = frozenset({"MP4", "MATROSKA"})  # by time stamp: exact in mp4, to 1 ms in Matroska; not ADTS, not chains
-PREROLL_S = 2.0  # decoded ahead of a segment: several frames of AAC with its band replication, and over Opus's 80 ms
+PREROLL_S = 2.0  # decoded before a segment: several frames of AAC with its band replication, and more than Opus's 80 ms
 DTYPES = {"u8": "u1", "s16": "i2", "s32": "i4", "s64": "i8", "flt": "f4", "dbl": "f8"}  # FFmpeg's names, packed
 SCALES = {"u1": 2.0**7, "i2": 2.0**15, "i4": 2.0**31, "i8": 2.0**63}  # integer sample formats to full scale 1.0
 
@@ -82,7 +82,7 @@ class AvDecoder:
             duration_s = float(stream.duration * stream.time_base)
         elif container.duration is not None and self._header.container == "MATROSKA":
             duration_s = container.duration / self._av.time_base
-        # The time is known, to about a codec frame; the number of samples only by decoding.
+        # The duration is known to about a codec frame; the number of samples only after decoding.
         return AudioInfo(
             codec.sample_rate, codec.channels, None, duration_s, self._header.container, codec.name.upper()
         )
@@ -93,13 +93,13 @@ class AvDecoder:
         Args:
             start: first sample frame.
             count: number of sample frames.
-            block_frames: not used: codec frames are smaller.
+            block_frames: not used, since codec frames are smaller.
 
         Yields:
             [n, C] float32 at the file's rate, full scale 1.0.
 
         Raises:
-            InputError: TRUNCATED where the decoder meets damage, NOT_AUDIO where rate or channels change.
+            InputError: TRUNCATED if the decoder meets damage, NOT_AUDIO if rate or channels change.
         """
         position, frames = self._seek(start)
         for frame in frames:
@@ -112,7 +112,7 @@ class AvDecoder:
                 return
 
     def _seek(self, start: int) -> tuple[int, Iterator]:
-        """Return a sample frame not behind `start`, and the codec frames from there on."""
+        """Return a sample frame not after `start`, and the codec frames from there on."""
         rate, stream = self.info.sample_rate_hz, self._stream
         target_s = start / rate - PREROLL_S
         if target_s <= 0 or self._header.container not in SEEKABLE:
@@ -120,7 +120,7 @@ class AvDecoder:
         origin = stream.start_time or 0
         try:
             self._container.seek(origin + int(target_s / stream.time_base), stream=stream)
-        except self._av.FFmpegError:  # no index, or a target behind the end: reading up to there tells
+        except self._av.FFmpegError:  # no index, or a target after the end: reading up to there tells which
             pass
         else:
             frames = self._decode()
@@ -157,8 +157,8 @@ class AvDecoder:
     def _stored_samples(self, frame) -> np.ndarray:
         """[n, C] in the type of the codec.
 
-        Not by `frame.to_ndarray()`: it goes through the planes up to a null pointer, which from 8 channels on is not
-        there, and crashes (PyAV 18).
+        `frame.to_ndarray()` is not used: it goes through the planes up to a null pointer, which is missing from 8
+        channels on, and crashes (PyAV 18).
         """
         dtype, channels = DTYPES[frame.format.packed.name], self.info.channels
         plane = self._av.audio.plane.AudioPlane

@@ -1,10 +1,10 @@
 """The process behind `IsolatedDecoder`: decodes what it is sent over a socket, one source at a time, under limits.
 
-It opens no file and needs no credentials: the bytes come with the request, or are asked for piece by piece. Messages
-are a JSON object and a block of bytes, never pickle: whoever takes this process over by a damaged file gains nothing.
+It opens no file and needs no credentials: the bytes come with the request, or are requested piece by piece. Messages
+are a JSON object and a block of bytes, never pickle: whoever takes over this process with a damaged file gains nothing.
 
     <- {ready: true}, once
-    -> {call, arguments, limit_s, size_bytes} + encoded bytes, or no bytes and the size of a file to ask for
+    -> {call, arguments, limit_s, size_bytes} + encoded bytes, or no bytes and the size of a file to read
     <- {read: [offset, count]}     -> {} + bytes, fewer only at the end
     <- {result: ...} + waveform, float32   or {error: [kind, message]}, or {defect: text}
 """
@@ -26,8 +26,8 @@ from parakeet_core.audio import load_audio, probe_audio
 from parakeet_core.errors import InputError
 
 PREFIX = struct.Struct("<IQ")  # bytes of JSON, bytes of the block
-EXIT_MEMORY = 77  # exit status for an allocation that was refused; no signal and no status of Python's own
-READ_BYTES = 256 << 10  # asked for at a time: 100 us of exchange for 8 s of 16 kHz 16-bit
+EXIT_MEMORY = 77  # exit status after a refused allocation; not a signal's, and none of Python's own
+READ_BYTES = 256 << 10  # requested at a time: 100 us of exchange for 8 s of 16-bit audio at 16 kHz
 ORPHAN_GRACE_S = 10  # the parent ends a process that hangs; this ends one whose parent was killed before it could
 
 
@@ -40,7 +40,7 @@ def send_message(connection: socket.socket, header: dict, block: bytes | memoryv
 
 
 def receive_header(connection: socket.socket) -> tuple[dict, int]:
-    """The JSON object of a message, and how many bytes of its block are to be received.
+    """The JSON object of a message, and the bytes of its block, which are still to be received.
 
     Raises:
         EOFError: the other side is gone.
@@ -77,7 +77,7 @@ class _AskedFile(io.RawIOBase):
         return True
 
     def readinto(self, buffer) -> int:
-        signal.alarm(0)  # waiting for a storage is not decoding
+        signal.alarm(0)  # waiting for storage is not decoding
         send_message(self._connection, {"read": [self._position, len(buffer)]})
         _, count = receive_header(self._connection)
         receive_block(self._connection, memoryview(buffer)[:count])
@@ -94,7 +94,7 @@ class _AskedFile(io.RawIOBase):
 
 
 def _set_alarm(limit_s: float) -> None:
-    signal.alarm(int(limit_s) + ORPHAN_GRACE_S)  # the system's own action ends the process, whatever it is doing
+    signal.alarm(int(limit_s) + ORPHAN_GRACE_S)  # the signal's default action ends the process, whatever it is doing
 
 
 def _serve(connection: socket.socket, memory_bytes: int) -> None:
@@ -128,14 +128,14 @@ def _answer(request: dict, source: bytearray | io.BufferedReader) -> tuple[dict,
         return {"error": [error.kind, error.message]}, b""
     except MemoryError:
         os._exit(EXIT_MEMORY)  # what else the refused allocation broke is not known
-    except Exception as error:  # noqa: BLE001 - told to the other process, which decides what a defect means
+    except Exception as error:  # noqa: BLE001 - reported to the other process, which decides what a defect means
         return {"defect": f"{type(error).__name__}: {error}"}, b""
 
 
 def main() -> None:
     """Serve until the other side of the socket, whose number is the first argument, is closed."""
     connection = socket.socket(fileno=int(sys.argv[1]))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # no dumps of gigabytes
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # no core dumps of gigabytes
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the job, which closes the socket
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})

@@ -1,4 +1,4 @@
-"""Containers of samples with a size in front (wav, rf64, w64, aiff, au, caf, nist): what it says, what is there.
+"""Containers that declare the size of their samples (wav, rf64, w64, aiff, au, caf, nist), against the bytes present.
 
 Knows nothing of the samples.
 """
@@ -12,9 +12,9 @@ from parakeet_core.audio_info import Header
 from parakeet_core.audio_source import Source
 
 MAX_CHUNKS = 100_000  # a fragmented mp4 of 12 h may have two boxes a second; bounds the walk over junk
-MAX_HEAD_BYTES = 1 << 20  # chunks before the samples that are copied to correct the sizes of a streamed file
-MPEG_LAYER_III = 0x55  # the format tag of mp3 in a wav, as telephone systems keep it
-OPEN_SIZE = 2**63 - 2**16  # 64-bit sizes from here on are those of writers to a pipe: ffmpeg's w64 has 2^63 - 1
+MAX_HEAD_BYTES = 1 << 20  # of chunks before the samples, copied to correct the sizes of a streamed file
+MPEG_LAYER_III = 0x55  # the format tag of mp3 in a wav, as telephone systems store it
+OPEN_SIZE = 2**63 - 2**16  # 64-bit sizes from here up come from writers to a pipe: ffmpeg's w64 has 2^63 - 1
 
 
 def _walk_chunks(src: Source, start: int, layout: struct.Struct, align: int) -> Iterator[tuple[bytes, int, int]]:
@@ -33,10 +33,10 @@ def _walk_chunks(src: Source, start: int, layout: struct.Struct, align: int) -> 
 
 
 def _is_placeholder(size: int) -> bool:
-    """Tell whether a 32-bit data size stands for "not known when the header was written", as to a pipe.
+    """Tell whether a 32-bit data size stands for "not known when the header was written", as in a pipe.
 
-    ffmpeg writes 0xFFFFFFFF, sox 0x7FFFF000 (aiff: 0x7F000000), arecord 0x80000000, all with or without their header
-    on top, and unclosed writers 0.
+    ffmpeg writes 0xFFFFFFFF, sox 0x7FFFF000 (aiff: 0x7F000000), arecord 0x80000000, all with or without the size of
+    their header added; writers that were never closed leave 0.
     """
     return size == 0 or size >= 0xFFFF0000 or 0x7F000000 <= size <= 0x80000100
 
@@ -85,12 +85,12 @@ def read_riff(src: Source, magic: bytes) -> Header:
 
 
 def _correct_riff(src: Source, order: str, body: int, size: int) -> bytes | None:
-    """Return what should stand before the samples at `body` for libsndfile to read them all, None if it does."""
+    """Return what must stand before the samples at `body` for libsndfile to read them all; None if it already does."""
     present = src.size - body
     if present <= 0 or body > MAX_HEAD_BYTES:
         return None
     if order == "<" and present > 0xFFFFFFFF:  # sizes of 32 bits have wrapped, or are a placeholder: make it an RF64
-        tail = (present - size) % 2**32  # chunks behind the samples
+        tail = (present - size) % 2**32  # chunks after the samples
         if not _is_placeholder(size):
             present -= tail
         if _is_placeholder(size) or tail < MAX_HEAD_BYTES:
@@ -104,7 +104,7 @@ def _correct_riff(src: Source, order: str, body: int, size: int) -> bytes | None
 def _close_stream(
     src: Source, container: str, rate: int | None, channels: int | None, body: int, at: int, sizes: bytes
 ) -> Header:
-    """Header of a file whose writer could not go back to write `sizes` at `at`; the samples from `body` on are all."""
+    """Header of a file whose writer could not go back to write `sizes` at `at`; all from `body` on is samples."""
     if body > MAX_HEAD_BYTES:
         return Header(container, rate, channels)
     head = src.peek(0, at) + sizes + src.peek(at + len(sizes), body - at - len(sizes))
@@ -112,7 +112,7 @@ def _close_stream(
 
 
 def _ends_in_chunks(src: Source, start: int, order: str) -> bool:
-    """Tell whether the rest of the file is named chunks to its last byte, and so no samples."""
+    """Tell whether the rest of the file, to its last byte, is named chunks, and so holds no samples."""
     end = start
     for name, body, size in _walk_chunks(src, start, struct.Struct(order + "4sI"), 2):
         if not (name.isascii() and name.decode("ascii").isprintable()):
@@ -163,7 +163,7 @@ def read_caf(src: Source) -> Header:
     for name, body, size in _walk_chunks(src, 8, struct.Struct(">4sq"), 1):
         if name == b"desc" and len(desc := src.peek(body, 32)) == 32:
             hz, channels = struct.unpack(">d16xI4x", desc)
-            rate = int(hz) if 0 <= hz < 1 << 32 else 0  # NaN and infinity too
+            rate = int(hz) if 0 <= hz < 1 << 32 else 0  # also for NaN and infinity
         elif name == b"data" and size == -1:
             return _close_stream(src, "CAF", rate, channels, body, body - 8, struct.pack(">q", src.size - body))
         elif name == b"data":

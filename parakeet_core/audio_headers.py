@@ -4,7 +4,7 @@ libsndfile hides what a batch job must know. Measured with 1.2.2 on files of eve
 95 %: wav, rf64, w64, aiff, au, caf, nist: the frame count is silently clipped to the bytes present; ogg: to the last
 whole page; a chain of ogg streams: to the first one; mp3 without a Xing tag: to a guess from the first frame's bit rate
 (a variable-rate file of 20 s gave 6 s); wav written to a pipe with a data size of 0: no frame at all. flac and tagged
-mp3 do declare their frames, and the decoder finds the end missing. So sizes are checked here against the bytes there.
+mp3 do declare their frames, and the decoder finds the end missing. So sizes are checked here against the bytes present.
 
 Knows nothing of decoders, sample values or resampling.
 """
@@ -29,7 +29,7 @@ from parakeet_core.audio_mp3 import count_frames, find_frame, goes_on, has_whole
 from parakeet_core.audio_source import Source
 
 OGG_BEGIN = b"OggS\0\2"  # a page that begins a stream
-FOREIGN_OGG_CODECS = (b"\x7fFLAC", b"Speex   ")  # that libsndfile, as its wheel is built, does not read in Ogg
+FOREIGN_OGG_CODECS = (b"\x7fFLAC", b"Speex   ")  # which libsndfile, as built in its wheel, does not read in Ogg
 OGG_PAGE_BYTES = 27 + 255 + 255 * 255  # the longest page: header, lacing table, segments (RFC 3533)
 
 
@@ -58,7 +58,7 @@ def _read_flac(src: Source, start: int) -> Header:
     if len(raw) < 34:
         return report_cut_header(src, "FLAC", start + 42, None, None)
     block = start + 4
-    for _ in range(128):  # metadata: a cut in the middle of a picture, or of the padding
+    for _ in range(128):  # metadata: the file may be cut in the middle of a picture, or of the padding
         head = src.peek(block, 4).ljust(4, b"\x80")
         block += 4 + int.from_bytes(head[1:], "big")
         if head[0] & 0x80:
@@ -84,7 +84,7 @@ def _ogg_checksum(page: bytes) -> int:
 
 def _read_ogg(src: Source) -> Header:
     serial = src.peek(14, 4)
-    first = 0  # page that does not begin a stream
+    first = 0  # offset of the first page that does not begin a stream
     while (head := src.peek(first, 27 + 255))[:6] == OGG_BEGIN and len(head) > 26:
         first += 27 + head[26] + sum(head[27 : 27 + head[26]])
     tail_start = max(0, src.size - 2 * OGG_PAGE_BYTES)
@@ -102,10 +102,11 @@ def _read_ogg(src: Source) -> Header:
         cut = "the last Ogg page is damaged (its checksum is wrong)"
     elif page[size:] and b"OggS".startswith(page[size : size + 4]):
         cut = "the file ends inside the header of an Ogg page"
-    # A missing end-of-stream flag is no evidence: recorders of live streams stop without one.
-    # Streams of one serial number may not be joined, and are. Of the first, libsndfile reads as much as the last has.
+    # A missing end-of-stream flag is no evidence of a cut: recorders of live streams stop without one.
+    # Streams with the same serial number must not be joined, but some are. Of the first, libsndfile reads only as much
+    # as the last has.
     chained = page[14:18] != serial or src.find(OGG_BEGIN, first) >= 0
-    codec = src.peek(28, 8)  # the first packet, behind the header of a page that holds nothing else
+    codec = src.peek(28, 8)  # the first packet, after the header of a page that holds nothing else
     return Header("OGG", cut=cut, chained=cut is None and chained, foreign=codec.startswith(FOREIGN_OGG_CODECS))
 
 
@@ -136,7 +137,7 @@ def _read_mp3(src: Source, start: int) -> Header | None:
 
 
 def _unwrap_mp3(src: Source, wav: Header) -> Header:
-    """The mp3 that a wav holds, without the wav: in one, libsndfile guesses the length from the first frame."""
+    """The mp3 inside a wav, without the wav: inside one, libsndfile guesses the length from the first frame."""
     inner = _read_mp3(src, wav.mpeg_at) if wav.mpeg_at is not None else None
     if inner is None:
         return wav

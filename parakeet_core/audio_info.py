@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from parakeet_core.audio_source import Source
 from parakeet_core.errors import ErrorKind
 
-MIN_SAMPLE_RATE_HZ = 1_000  # below, no speech is left, and a small file would resample to a huge one
-MAX_SAMPLE_RATE_HZ = 1_000_000  # over the highest PCM rate sold, 768 kHz
+MIN_SAMPLE_RATE_HZ = 1_000  # below it no speech is left, and a small file would resample to a huge one
+MAX_SAMPLE_RATE_HZ = 1_000_000  # above the highest PCM rate sold, 768 kHz
 MAX_CHANNELS = 256  # microphone arrays reach 128; libsndfile's own limit is 1024
 ABSURD_FRAMES = 2**31  # 37 h at 16 kHz, 12.4 h at 48 kHz: a header that declares them without the bytes is damaged
 MAX_FRAMES_PER_BYTE = 8192  # Vorbis: its longest block from one byte; flac 65535 frames from 10, Opus 5760 from 1
@@ -18,8 +18,8 @@ class AudioInfo:
 
     Args:
         sample_rate_hz, channels: of the source.
-        frames: samples per channel, None when the container does not say. For a file that was cut this is what its
-            bytes hold where the container counts bytes, and what it promises elsewhere.
+        frames: samples per channel, None when the container does not say. For a file that was cut, this is what its
+            bytes hold if the container counts bytes, else what it declares.
         duration_s: frames as seconds, or the container's own duration; None when it does not say.
         container, codec: as libsndfile or FFmpeg name them, such as "FLAC" and "PCM_16".
     """
@@ -34,17 +34,17 @@ class AudioInfo:
 
 @dataclass(frozen=True)
 class Header:
-    """What the first bytes, and for Ogg the last, say. None where the container does not say, or nobody asks.
+    """What the first bytes, and for Ogg the last, say. None if the container does not say, or the value is not needed.
 
     Args:
         container: short name, such as "WAV", "FLAC", "MP4".
         sample_rate_hz, channels: as declared, unchecked.
-        declared_bytes, present_bytes: payload that is declared, and that the file has; None for streamed files.
-        cut: what shows that the file once went on behind its last byte.
+        declared_bytes, present_bytes: payload as declared, and as present in the file; None for streamed files.
+        cut: what shows that the file once continued after its last byte.
         max_frames: the bytes cannot hold more frames than this.
-        mpeg_at: where the frames of an mp3 begin that a wav holds.
+        mpeg_at: where the frames of an mp3 inside a wav begin.
         mpeg_frames: sample frames found by walking an mp3 that does not declare them.
-        head: replacement for the first bytes, and how many they replace, that makes the file readable to libsndfile.
+        head: first bytes with which libsndfile can read the file, and how many bytes they replace.
         chained: an Ogg file of several logical streams.
         foreign: an Ogg file of a codec that libsndfile lacks.
     """

@@ -1,6 +1,6 @@
-"""Decoding in a process of its own: a source that crashes its decoder, hangs, or eats the memory costs itself only.
+"""Decoding in a separate process: a source that crashes or hangs its decoder, or exhausts the memory, harms no other.
 
-    IsolatedDecoder <-> audio_child.py (one process, as long as it behaves) -> load_audio
+    IsolatedDecoder <-> audio_child.py (one process, until a source ends it) -> load_audio
 
 The results are those of `load_audio`, bit for bit; a source costs 0.3-0.6 ms more. Knows nothing of Ray or of where the
 bytes are stored.
@@ -22,18 +22,18 @@ from parakeet_core.audio import DEFAULT_MAX_DURATION_S, Audio, AudioInfo
 from parakeet_core.audio_child import EXIT_MEMORY, receive_block, receive_header, send_message
 from parakeet_core.errors import ErrorKind, InputError, WorkerError
 
-# The budget of one source. It is wide, because a good source that meets it, on a machine that stands still for a while,
+# The budget of one source. It is generous, because a good source that exceeds it, on a machine that stalls for a while,
 # would become an error row.
-MEMORY_BYTES = 4 << 30  # beside the encoded bytes: 12 h of float32 at 16 kHz are 2.8 GB, in an array that grows by 1/4
+MEMORY_BYTES = 4 << 30  # besides the encoded bytes: 12 h of float32 at 16 kHz are 2.8 GB, in an array that grows by 1/4
 LEAST_LIMIT_S = 10.0  # a usual source takes 10 ms; the rest is for a machine that swaps, or is moved by its host
-BYTES_PER_S = 20_000  # beyond it, a second for so many encoded bytes: Opus of 6 kbit/s at 27 times real time
+BYTES_PER_S = 20_000  # beyond it, one second for every so many encoded bytes: Opus of 6 kbit/s at 27 times real time
 MOST_LIMIT_S = 900.0  # 12 h, the longest source, at 48 times real time
-READY_S = 300.0  # to start Python and numpy: 0.2 s, and far more where many actors start from a network disk
-END_S = 5.0  # for the system to take down a process that has ended or is killed
+READY_S = 300.0  # to start Python and numpy: 0.2 s, and far more when many actors start from a network disk
+END_S = 5.0  # for the system to clean up a process that has ended or was killed
 
 
 def decoding_limit_s(size_bytes: int) -> float:
-    """Seconds that decoding so many encoded bytes may take, without waiting for them."""
+    """Seconds that decoding so many encoded bytes may take, not counting the wait for them."""
     return min(LEAST_LIMIT_S + size_bytes / BYTES_PER_S, MOST_LIMIT_S)
 
 
@@ -47,8 +47,8 @@ class IsolatedDecoder:
     May be called by several threads; one source is decoded at a time.
 
     Args:
-        memory_bytes: that decoding one source may take beside its encoded bytes.
-        time_limit_s: for one source, without what its storage takes; by default it follows from the size.
+        memory_bytes: that decoding one source may take besides its encoded bytes.
+        time_limit_s: for one source, not counting the time its storage takes; by default it follows from the size.
     """
 
     def __init__(self, memory_bytes: int = MEMORY_BYTES, time_limit_s: float | None = None):
@@ -66,12 +66,12 @@ class IsolatedDecoder:
         channel: str | int = "mix",
         max_duration_s: float | None = DEFAULT_MAX_DURATION_S,
     ) -> Audio:
-        """As `load_audio`, of encoded bytes or of a seekable binary file object, which is read in this process.
+        """As `load_audio`, for encoded bytes or a seekable binary file object, which is read in this process.
 
         Raises:
             InputError: as `load_audio`, and DECODER_CRASH.
             WorkerError: the other process cannot be started.
-            RuntimeError: an exception in it that is a defect; the message names it.
+            RuntimeError: an exception in that process that is a defect; the message names it.
             OSError, InputError: what the file object raises.
         """
         arguments = {"sample_rate_hz": sample_rate_hz, "offset_s": offset_s, "duration_s": duration_s}
@@ -118,7 +118,7 @@ class IsolatedDecoder:
 
     def _start(self) -> None:
         ours, theirs = socket.socketpair()
-        # The packages of this process, however it found them, and no credentials. One thread: what numpy sets aside for
+        # The packages of this process, however it found them, and no credentials. One thread: what numpy reserves for
         # more would count as the decoder's memory.
         environment = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
         environment["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)
@@ -149,7 +149,7 @@ class IsolatedDecoder:
                 try:
                     return self._exchange(request, source)
                 except _ProcessEndedError as error:
-                    # A source before this one may have damaged the process: blame is for what ends a new one.
+                    # An earlier source may have damaged the process: a source is blamed only if it ends a new one.
                     if first_of_process:
                         advice = "nothing else is affected; convert it to flac with other software, or remove it"
                         raise InputError(ErrorKind.DECODER_CRASH, f"the decoder {error}; {advice}") from error
@@ -177,7 +177,7 @@ class IsolatedDecoder:
         except (EOFError, ConnectionError) as error:
             raise _ProcessEndedError(self._how_it_ended()) from error
         finally:
-            if not answered:  # also when this process is interrupted: the next answer would be that of this request
+            if not answered:  # also on an interrupt: the next request would receive the answer to this one
                 self.close()
         if failure is not None:
             raise failure
@@ -194,7 +194,7 @@ class IsolatedDecoder:
 
 
 def _read(source: BinaryIO, offset: int, count: int) -> tuple[bytes, BaseException | None]:
-    """Up to `count` bytes at `offset`, fewer only at the end; or none and what the file object raised."""
+    """Up to `count` bytes at `offset`, fewer only at the end; or none, and what the file object raised."""
     try:
         source.seek(offset)
         pieces = []
@@ -202,7 +202,7 @@ def _read(source: BinaryIO, offset: int, count: int) -> tuple[bytes, BaseExcepti
             pieces.append(piece)
             count -= len(piece)
         return b"".join(pieces), None
-    except Exception as error:  # noqa: BLE001 - nothing can pass the C code that asks; raised when it has answered
+    except Exception as error:  # noqa: BLE001 - cannot pass the C code that asks; raised once it has answered
         return b"", error
 
 

@@ -22,11 +22,11 @@ class MpegFrame:
     samples: int
     sample_rate_hz: int
     channels: int
-    tag_offset: int  # of a Xing or Info tag: behind the side information
+    tag_offset: int  # of a Xing or Info tag: after the side information
 
 
 def parse_frame_header(raw: bytes) -> MpegFrame | None:
-    """Parse the 4 bytes of a layer III frame header; None if they are none (or of "free" bit rate)."""
+    """Parse the 4 bytes of a layer III frame header; None if they are not one (or of "free" bit rate)."""
     if len(raw) < 4 or raw[0] != 0xFF or raw[1] & 0xE6 != 0xE2 or raw[1] & 0x18 == 0x08:
         return None
     bit_rate_index, rate_index = raw[2] >> 4, raw[2] >> 2 & 3
@@ -42,7 +42,7 @@ def parse_frame_header(raw: bytes) -> MpegFrame | None:
 
 
 def skip_id3(src: Source, start: int) -> int:
-    """Return the offset behind any ID3v2 tags."""
+    """Return the offset after any ID3v2 tags."""
     for _ in range(8):  # writers have been seen to stack two; junk may stack more
         tag = src.peek(start, 10)
         if len(tag) < 10 or tag[:3] != b"ID3" or max(tag[6:10]) > 127:
@@ -52,7 +52,7 @@ def skip_id3(src: Source, start: int) -> int:
 
 
 def find_frame(src: Source, start: int) -> tuple[int, MpegFrame] | None:
-    """Return the first frame header behind `start` whose frame is followed by another, or by the end of the file."""
+    """Return the first frame header from `start` on whose frame is followed by another, or by the end of the file."""
     for size in (4, 1 << 16):  # most files begin with a frame; a decoder gives up on junk sooner than 64 KiB
         window = src.peek(start, size)
         at = window.find(b"\xff")
@@ -73,7 +73,7 @@ def has_whole_frame(src: Source, start: int) -> bool:
 
 
 def goes_on(src: Source, end: int) -> bool:
-    """Tell whether more MPEG frames stand behind the part that the Xing tag counts: files joined end to end."""
+    """Tell whether more MPEG frames follow the part that the Xing tag counts: files joined end to end."""
     for _ in range(4):
         if src.peek(end, 3) == b"TAG":
             end += 128  # ID3v1

@@ -1,6 +1,6 @@
 """Decoding by libsndfile: wav, flac, mp3, ogg vorbis and opus, aiff, au, caf and the rest of its list.
 
-Knows nothing of channels to mix, rates to reach or the segment wanted beyond a first frame and a count.
+Knows nothing of mixing channels or resampling, and of a segment only its first frame and its length.
 """
 
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from parakeet_core.errors import ErrorKind
 UNKNOWN_FRAMES = 2**63 - 1  # libsndfile's SF_COUNT_MAX: a flac written to a pipe
 SAMPLE_BYTES = {"PCM_S8": 1, "PCM_U8": 1, "PCM_16": 2, "PCM_24": 3, "PCM_32": 4}
 LOSSY_CODECS = frozenset({"VORBIS", "OPUS", "MPEG_LAYER_I", "MPEG_LAYER_II", "MPEG_LAYER_III"})
-# Decoded ahead of a segment in lossy formats. An mp3 frame may borrow 511 bytes of earlier frames, at most 1.1 s of the
+# Decoded before a segment in lossy formats. An mp3 frame may borrow 511 bytes of earlier frames, at most 1.1 s of the
 # smallest ones. Measured: seeking without it gives errors up to 1.0 in mp3 and 1e-3 in Opus; with 1 s, 2e-7 and 0.
 PREROLL_S = 2.0
 
@@ -24,7 +24,7 @@ class _Stream(soundfile.SoundFile):
     """A SoundFile that is read from front to back.
 
     SoundFile.read() ends with a seek to where it already is. In mp3 this resets the decoder (measured: blocks of 4096
-    frames then differ from the whole by up to 1.0), and in a cut flac it fails. It is left out for non-seekable files.
+    frames then differ from the whole by up to 1.0), and in a cut flac it fails. It is skipped for non-seekable files.
     """
 
     def seekable(self) -> bool:
@@ -102,11 +102,11 @@ class SndfileDecoder:
         return AudioInfo(file.samplerate, file.channels, frames, duration_s, file.format, file.subtype)
 
     def _most_frames(self, size: int) -> int:
-        """Return an upper limit of the frames in `size` bytes, to refuse a header before memory is asked for."""
+        """Return an upper limit of the frames in `size` bytes, to refuse a header before memory is allocated."""
         file, header = self._file, self._header
         if file.format == "SDS":  # MIDI sample dump: a cut one would play silence to its declared end
             return (size - 21) // 127 * (120 // (SAMPLE_BYTES[file.subtype] + 1))  # header; packets of 7-bit bytes
-        # Below the absurd the decoder finds the cut, and the segments before it are decoded.
+        # Below the absurd number the decoder finds the cut, and segments before it are decoded.
         return max(ABSURD_FRAMES - 1, header.max_frames or size * MAX_FRAMES_PER_BYTE)
 
     def blocks(self, start: int, count: int, block_frames: int) -> Iterator[np.ndarray]:
@@ -121,7 +121,7 @@ class SndfileDecoder:
             [n, C] float32 at the file's rate, full scale 1.0.
 
         Raises:
-            InputError: TRUNCATED where the decoder meets damage.
+            InputError: TRUNCATED if the decoder meets damage.
         """
         position = self._seek(start)
         while position < start + count:
@@ -134,7 +134,7 @@ class SndfileDecoder:
                 yield block[skip:] if skip else block
 
     def _seek(self, start: int) -> int:
-        """Seek to a frame not behind `start`; 0 where the format cannot seek, or cannot find it."""
+        """Seek to a frame not after `start`, and return it; 0 if the format cannot seek, or cannot find it."""
         target = start
         if self.info.codec in LOSSY_CODECS:
             target -= round(PREROLL_S * self.info.sample_rate_hz)
@@ -147,7 +147,7 @@ class SndfileDecoder:
         try:
             if self._file.seek(target) == target:
                 return target
-        except soundfile.LibsndfileError:  # a flac without a length, or cut: reading up to there tells which
+        except soundfile.LibsndfileError:  # a flac without a length, or a cut one: reading up to there tells which
             pass
         self._file.close()
         self._file = self._open()

@@ -15,8 +15,8 @@ FIND_BYTES = 1 << 20  # searched at a time in a file
 class Source(io.RawIOBase):
     """A whole source, from its first byte to its last, whatever the position of the file object given.
 
-    Reads are complete (a decoder takes a short read for the end), and an error of the storage below is kept and raised
-    when the source is left: a C decoder would swallow it and the item would be called truncated, for good.
+    Reads are complete (a decoder takes a short read for the end). An error of the storage underneath is kept and raised
+    on leaving the `with` block: a C decoder would swallow it, and the item would be called truncated, for good.
 
     Args:
         source: bytes, bytearray or memoryview; a path; or a seekable binary file object, which stays open.
@@ -46,12 +46,12 @@ class Source(io.RawIOBase):
 
     @property
     def size(self) -> int:
-        """Bytes of the source, with a replaced head."""
+        """Bytes of the source, including a replaced head."""
         return len(self._head) + self._file_size - self._skip
 
     @property
     def handle(self) -> BinaryIO:
-        """The object for a decoder: the plain BytesIO where it will do, as its reads cost no Python call."""
+        """The object for a decoder: the plain BytesIO if it will do, as its reads cost no Python call."""
         self.seek(0)
         if self._data is not None and not self._head and not self._skip:
             self._file.seek(0)
@@ -69,7 +69,7 @@ class Source(io.RawIOBase):
         return bytes(buffer[: self._fill(memoryview(buffer))])
 
     def find(self, pattern: bytes, start: int) -> int:
-        """Return where `pattern` is from `start` on; -1 if nowhere, and for a file object, which may be far away."""
+        """Return where `pattern` is, from `start` on; -1 if nowhere, and for any file object, as it may be far away."""
         if self._data is not None and not self._head and not self._skip:
             return self._data.find(pattern, start)
         while self._owned and start < self.size:
@@ -80,11 +80,11 @@ class Source(io.RawIOBase):
         return -1
 
     def replace_head(self, head: bytes, count: int) -> None:
-        """Let the source begin with `head` in place of its first `count` bytes."""
+        """Make the source begin with `head` in place of its first `count` bytes."""
         self._head, self._skip = head, count
 
     def fail(self, kind: ErrorKind, message: str) -> InputError:
-        """Build the error of this item, with the path in front where there is one."""
+        """Build the error of this item, with the path in front if there is one."""
         return InputError(kind, self._name + message)
 
     def _fill(self, view: memoryview) -> int:
@@ -107,12 +107,12 @@ class Source(io.RawIOBase):
         return done
 
     def readinto(self, buffer) -> int:
-        """Fill `buffer`; a storage error is kept, and read as the end of the source."""
+        """Fill `buffer`; a storage error is kept, and read as if the source ended there."""
         if self._error is not None:
             return 0
         try:
             return self._fill(memoryview(buffer).cast("B"))
-        except BaseException as error:  # noqa: BLE001  nothing can pass the C code above; raised by __exit__
+        except BaseException as error:  # noqa: BLE001  cannot pass the C code above; raised by __exit__
             self._error = error
             return 0
 

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 import numpy as np
 
 QUADRATIC_FRAMES = 4000  # 40 s, 500 encoder frames: 8 heads x 2 x 500 scores a frame, as wide as two feed-forwards
-MAX_PADDING = 0.1  # share of a batch's frames; by the budget alone, LibriSpeech in batches of 1280 s would pad 11 %
+MAX_PADDING = 0.1  # share of a batch's frames; under the budget alone, LibriSpeech in batches of 1280 s would pad 11 %
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Items to run together: positions in the list of lengths, and the padded length of all."""
+    """Items to run together: positions in the list of lengths, and the length that all are padded to."""
 
     indices: tuple[int, ...]
     frames: int
@@ -32,8 +32,8 @@ def plan_batches(lens: Sequence[int], budget_frames: float, max_size: int | None
 
     Args:
         lens: feature frames of each item.
-        budget_frames: greatest cost of a batch; an item that exceeds it alone is a batch of its own.
-        max_size: most items of a batch.
+        budget_frames: greatest cost of a batch; an item that alone exceeds it is a batch of its own.
+        max_size: most items in a batch.
 
     Returns:
         Batches that hold every index exactly once. A pure function of the arguments: ties keep their order.

@@ -1,15 +1,15 @@
-"""What a model's device has, needs and says when it fails; on the CPU and on CUDA. Knows nothing of models."""
+"""The device, CPU or CUDA: its capabilities, settings, and how its failure is recognised. Knows nothing of models."""
 
 import torch
 from torch import Tensor
 
-# Names in torch.cpu.get_capabilities() of instructions that multiply matrices of a dtype. Without them torch emulates:
-# measured on AVX2, 19 GFLOP/s in bfloat16 against 110 to 150 in float32.
+# Names in torch.cpu.get_capabilities() of instructions that multiply matrices of a dtype. Without them torch emulates
+# the product: measured on AVX2, 19 GFLOP/s in bfloat16 against 110 to 150 in float32.
 HALF_INSTRUCTIONS = {
     torch.bfloat16: ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"),
     torch.float16: ("avx512_fp16", "amx_fp16", "fp16_arith"),
 }
-# How torch begins or names errors of the GPU, its driver and its libraries; the first is torch.AcceleratorError's too.
+# Texts that mark torch's errors of the GPU, its driver and its libraries; the first also marks torch.AcceleratorError.
 FAILURES = (
     "CUDA error",
     "CUDA driver error",
@@ -22,7 +22,7 @@ FAILURES = (
 
 
 def processor_multiplies(dtype: torch.dtype) -> bool:
-    """Whether this CPU has instructions for matrices of `dtype`; taken for granted where torch cannot tell."""
+    """Whether this CPU has instructions for matrices of `dtype`; assumed if torch cannot tell."""
     capabilities = getattr(torch.cpu, "get_capabilities", None)
     if dtype not in HALF_INSTRUCTIONS or capabilities is None:
         return True
@@ -30,21 +30,21 @@ def processor_multiplies(dtype: torch.dtype) -> bool:
 
 
 def set_up_cuda(dtype: torch.dtype) -> None:
-    """Settings of this process that suit batches of ever new shapes, and exact float32."""
-    # cuDNN's attention, which torch prefers on Hopper, plans anew for every shape: 0.4 s were seen for one (FunASR's
-    # issue 3704), and nearly every batch has a shape of its own.
+    """Set up this process for batches whose shapes keep changing, and for exact float32."""
+    # cuDNN's attention, which torch prefers on Hopper, makes a new plan for every shape: 0.4 s were seen for one
+    # (FunASR's issue 3704), and nearly every batch has a shape of its own.
     torch.backends.cuda.enable_cudnn_sdp(False)
     if dtype == torch.float32:
-        torch.backends.cudnn.allow_tf32 = False  # of convolutions; in products TF32 is off unless asked for
+        torch.backends.cudnn.allow_tf32 = False  # of convolutions; for products TF32 is off unless asked for
 
 
 def send_to_host(tensor: Tensor) -> Tensor:
-    """A copy in pinned memory, which is whole once the stream has come to it."""
+    """A copy in pinned memory, which is complete once the stream has reached it."""
     return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
 
 
 def mark_stream(device: torch.device) -> torch.cuda.Event | None:
-    """This moment in the order of the device's work, to be waited for asleep; none on the CPU, which works at once."""
+    """An event at this point in the device's work, to wait for asleep; None on the CPU, which works at once."""
     if device.type != "cuda":
         return None
     event = torch.cuda.Event(enable_timing=True, blocking=True)
@@ -53,9 +53,9 @@ def mark_stream(device: torch.device) -> torch.cuda.Event | None:
 
 
 def device_failed(error: BaseException) -> bool:
-    """Whether an error says that the GPU, its driver or one of its libraries failed, and not that its memory is full.
+    """Whether an error means that the GPU, its driver or one of its libraries failed, not that its memory is full.
 
-    After most of them CUDA refuses every further call of the process, and only a new process can use the device.
+    After most such errors CUDA refuses every further call from the process, and only a new process can use the device.
     """
     if isinstance(error, torch.OutOfMemoryError) or not isinstance(error, RuntimeError):
         return False

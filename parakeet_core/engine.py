@@ -25,50 +25,51 @@ from parakeet_core.errors import ErrorKind, InputError
 from parakeet_core.quantised import quantise_linears
 from parakeet_core.words import Tokens
 
-# An item up to MAX_PASS_FRAMES is one pass of the model, equal to the reference. Published checkpoints were trained
-# with positions up to 5000 encoder frames (400 s), and attention's memory grows with the square: 0.9 GB at 300 s with
-# 8 heads in float32. Longer items are cut into windows that also see CONTEXT_FRAMES to both sides and give only their
-# own frames.
+# An item of up to MAX_PASS_FRAMES goes through the model in one pass, equal to the reference. Published checkpoints
+# were trained with positions up to 5000 encoder frames (400 s), and attention's memory grows with the square of the
+# length: 0.9 GB at 300 s with 8 heads in float32. Longer items are cut into windows; each window also sees
+# CONTEXT_FRAMES on both sides but yields only its own frames.
 MAX_PASS_FRAMES = 30_000  # feature frames, 300 s
-WINDOW_FRAMES = 6_144  # feature frames, 61 s: what one window gives; whole encoder frames at any subsampling factor
-CONTEXT_FRAMES = 1_024  # feature frames, 10 s: what it sees beyond, on each side
-COLLAPSE_FRAMES = 100_000  # encoder frames collapsed together: some MB, and one long item does not pad all others
-CPU_BUDGET_FRAMES = 6_000  # cost of a batch in float32, twice it in half precision: larger states leave the cache
+WINDOW_FRAMES = 6_144  # feature frames, 61 s, that one window yields; whole encoder frames at any subsampling factor
+CONTEXT_FRAMES = 1_024  # feature frames, 10 s, that it also sees on each side
+COLLAPSE_FRAMES = 100_000  # encoder frames collapsed at once: a few MB, and one long item does not pad all others
+CPU_BUDGET_FRAMES = 6_000  # cost of a batch in float32, twice that in half precision: larger states leave the cache
 CUDA_BUDGET_FRAMES = 200_000  # about 2000 s of short items: enough rows to fill the matrix units of a large GPU
 FEATURE_BUDGET_FRAMES = 120_000  # cost of a batch of waveforms: 20 minutes, 77 MB of samples
-BATCHES_AHEAD = 2  # on CUDA: one that runs and one that waits behind it, so that the device never waits for the host
-# Feature frames of one item, of several, and of several with padding: 65 encoder frames, and 72, since torch's
-# attention treats whole eights otherwise. No two dimensions are equal: they would be compiled as if they always were.
+BATCHES_AHEAD = 2  # on CUDA: one running and one queued, so that the device never waits for the host
+# Feature frames of batches of one item, of several, and of several with padding, at 65 encoder frames and at 72, since
+# torch's attention treats multiples of eight differently. No two dimensions are equal: compiled code would assume that
+# they always are.
 WARM_UP = ((519,), (201,), (519, 519, 519), (519, 519, 487), (576,), (576, 576, 576), (576, 576, 540))
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class _Piece:
-    """Part of an item that goes through the model at once; all in feature frames of the item."""
+    """Part of an item that goes through the model at once; positions in feature frames of the item."""
 
     item: int
     start: int  # first frame the model sees
     end: int
-    kept_start: int  # frames whose tokens are taken; multiples of the subsampling factor, or the item's end
+    kept_start: int  # frames whose tokens are kept; multiples of the subsampling factor, or the item's end
     kept_end: int
 
 
 @dataclass(frozen=True)
 class _Started:
-    """A batch given to the device: its results, on the host once `done` has come, or why it could not be run."""
+    """A batch sent to the device: its results, on the host once `done` has occurred, or why it could not be run."""
 
     members: list[_Piece]
     frames: FrameScores | None = None
     begun: torch.cuda.Event | None = None
-    done: torch.cuda.Event | None = None  # None: they are there
-    busy_s: float = 0.0  # of the device, where there are no events
+    done: torch.cuda.Event | None = None  # None: the results are there
+    busy_s: float = 0.0  # of the device, if there are no events
     error: InputError | None = None
 
 
 @dataclass(frozen=True)
 class _Part:
-    """What the model says of a piece: ids and scores of its kept encoder frames, or why it could not be run."""
+    """The model's output for a piece: ids and scores of its kept encoder frames, or why it could not be run."""
 
     piece: _Piece
     ids: Tensor | None = None
@@ -79,16 +80,16 @@ class _Part:
 class Engine:
     """Runs a checkpoint's model over features.
 
-    Several threads may call it: while one waits for the device or collapses what came of it, another sends.
+    Several threads may call it: while one waits for the device or collapses its output, another sends.
 
     Args:
         checkpoint: its model is on the device and in the dtype to run in. On a CPU without instructions for that dtype
-            the model runs in float32, with the weights as the dtype rounds them: 5 times faster, and more exact. Where
+            the model runs in float32, with the weights as rounded to that dtype: 5 times faster, and more exact. If
             the checkpoint says `int8`, the layers' linears are quantised.
-        budget_frames: greatest cost of a batch (see `batching`); by default one that suits the device. It falls where a
-            batch does not fit the device's memory.
-        compiled: whether the layers run as generated code, which takes a minute at the start of the first process of a
-            node; by default on CUDA only. On a CPU it would pay back after a hundred hours of audio.
+        budget_frames: greatest cost of a batch (see `batching`); by default one that suits the device. It is lowered
+            when a batch does not fit the device's memory.
+        compiled: whether the layers run as generated code, which takes a minute at the start of the first process on a
+            node; by default only on CUDA. On a CPU it would pay off after a hundred hours of audio.
     """
 
     def __init__(self, checkpoint: Checkpoint, budget_frames: float | None = None, compiled: bool | None = None):
@@ -102,9 +103,9 @@ class Engine:
             set_up_cuda(self.dtype)
         self.config = checkpoint.config
         self._prepare(model, checkpoint.int8)
-        self.not_compiled: str | None = None  # why not, where it was to be
+        self.not_compiled: str | None = None  # why compilation failed, if it did
         self.frontend = checkpoint.frontend
-        self._sending = threading.Lock()  # batches reach the device whole, one after the other
+        self._sending = threading.Lock()  # batches are sent whole, one after the other
         default = CUDA_BUDGET_FRAMES
         if self.device.type == "cpu":
             default = CPU_BUDGET_FRAMES * torch.float32.itemsize // self.dtype.itemsize
@@ -126,7 +127,7 @@ class Engine:
             quantise_linears(self.model.layers)
 
     def warm_up(self) -> None:
-        """Run small batches of every kind, so that what is compiled is compiled before there is work."""
+        """Run small batches of every kind, so that all compilation happens before there is work."""
         mels = self.config.encoder.n_mels
         for lens in WARM_UP:
             self.recognise([torch.zeros(frames, mels) for frames in lens], budget_frames=float("inf"))
@@ -136,8 +137,8 @@ class Engine:
         """Features [T, M] of each waveform (see `LogMelFrontend`), on the device and in the dtype of the model.
 
         Args:
-            waveforms: [S] each, on the host and of one dtype: float at full scale 1.0, or integers.
-            steps: what a sample of 1 stands for in each waveform; 1.0 by default.
+            waveforms: [S] each, on the host and all of one dtype: float at full scale 1.0, or integers.
+            steps: factor for each waveform that brings its samples to full scale 1.0; 1.0 by default.
         """
         lens = [self.config.frontend.frames(len(waveform)) for waveform in waveforms]
         features: list[Tensor | None] = [None] * len(lens)
@@ -149,7 +150,7 @@ class Engine:
         return features
 
     def _features(self, waveforms: Sequence[Tensor], steps: Sequence[float]) -> list[Tensor]:
-        """As `extract_features`, in one batch; on the host and one by one where the device's memory cannot hold it."""
+        """As `extract_features`, in one batch; if the device's memory cannot hold it, one by one on the host."""
         try:
             return self._extract(self._send(waveforms), steps, self.device)
         except torch.OutOfMemoryError:
@@ -159,16 +160,16 @@ class Engine:
         return [self._extract([samples], [step], host)[0] for samples, step in zip(waveforms, steps, strict=True)]
 
     def _extract(self, waveforms: Sequence[Tensor], steps: Sequence[float], device: torch.device) -> list[Tensor]:
-        """Features of waveforms that are on `device`, there."""
+        """Features, on `device`, of waveforms that are there."""
         scaled = [samples.float() * step for samples, step in zip(waveforms, steps, strict=True)]
         padded, _ = self.frontend(scaled, device)
         frames = [self.config.frontend.frames(len(samples)) for samples in waveforms]
         return [row[:count] for row, count in zip(padded.to(self.dtype), frames, strict=True)]
 
     def _send(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-        """One-dimensional tensors on the device; to CUDA by one copy that is not waited for.
+        """One-dimensional tensors on the device; to CUDA in a single copy, without waiting for it.
 
-        Copies of their own would each wait behind the batches that the device is at.
+        Separate copies would each wait for the batches that the device is working on.
         """
         if self.device.type == "cpu":
             return tensors
@@ -184,12 +185,12 @@ class Engine:
         budget_frames: float | None = None,
         busy: Callable[[float], None] | None = None,
     ) -> list[Tokens | InputError]:
-        """Tokens of each item, in the order given; an error of kind OUT_OF_MEMORY for one that the device cannot hold.
+        """Tokens of each item, in the order given; an error of kind OUT_OF_MEMORY for one that does not fit the device.
 
         Args:
             features: per item [T, M], float, on any device; T may be 0, which gives no tokens.
-            budget_frames: greatest cost of a batch, instead of the engine's own.
-            busy: told the seconds that the device took for each batch.
+            budget_frames: greatest cost of a batch, in place of the engine's own.
+            busy: called with the seconds that the device took for each batch.
         """
         pieces = [piece for item, tensor in enumerate(features) for piece in self._pieces(item, tensor.shape[0])]
         parts: list[list[_Part]] = [[] for _ in features]
@@ -225,9 +226,10 @@ class Engine:
             yield from self._finish(started.popleft(), busy)
 
     def _start(self, features: Sequence[Tensor], pieces: list[_Piece], batch: Batch) -> list[_Started]:
-        """Give a batch to the device; one that does not fit its memory is halved until it does.
+        """Send a batch to the device; one that does not fit its memory is halved until it does.
 
-        From then on batches are planned no larger than the halves: each that does not fit costs the device's cache.
+        From then on, batches are planned no larger than the halves: each one that does not fit costs the device's
+        cache of memory.
         """
         members = [pieces[index] for index in batch.indices]
         try:
@@ -267,8 +269,8 @@ class Engine:
     def _score(self, features: Sequence[Tensor], members: list[_Piece], frames: int) -> _Started:
         """Ids and posteriors of a batch; on CUDA without waiting for them.
 
-        Copies go in order with the work, on its stream: a second of audio is 16 kB of features, under a microsecond of
-        the link, where the model takes some 50. From pinned memory they go while the host continues.
+        Copies run on the stream of the work, in order with it: a second of audio is 16 kB of features, which take under
+        a microsecond on the link, while the model takes some 50. From pinned memory they run while the host continues.
         """
         lens = torch.tensor([piece.end - piece.start for piece in members], pin_memory=self.device.type == "cuda")
         shorter = bool((lens < frames).any())
@@ -285,7 +287,7 @@ class Engine:
             return _Started(members, host, begun, mark_stream(self.device))
 
     def _pad(self, features: Sequence[Tensor], members: list[_Piece], frames: int) -> Tensor:
-        """[B, T, M], on the device where the features are there, else on the host, in their dtype or the model's."""
+        """[B, T, M], on the device if the features are, else on the host; in their dtype, or on a CPU the model's."""
         there = any(features[piece.item].device == self.device for piece in members)
         padded = torch.zeros(
             len(members),

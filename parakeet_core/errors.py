@@ -3,8 +3,8 @@
     ParakeetError
     ├── CheckpointError   the checkpoint cannot be used; stops a job before any work
     ├── ConfigError       an option or a combination of options cannot be used; stops a job before any work
-    ├── WorkerError       this machine or process cannot go on; stops a job in the middle, a rerun resumes
-    │   └── CredentialsError   a store does not take the run's credentials, whatever the object
+    ├── WorkerError       this machine or process cannot go on; stops a job in the middle, and a rerun resumes it
+    │   └── CredentialsError   a store rejects the run's credentials, whatever the object
     └── InputError        one item cannot be transcribed; becomes that item's row, under its `kind`
 
 Third-party exceptions are mapped at one boundary each (`audio.py`, `checkpoint.py`, `tokenizer.py`), with `from`.
@@ -19,7 +19,7 @@ class ErrorKind(StrEnum):
     Most are properties of the data: a retry gives the same row. Those in `RETRYABLE_KINDS` may pass when tried again.
     """
 
-    EMPTY_FILE = "empty_file"  # zero bytes, or a header with no sample behind it
+    EMPTY_FILE = "empty_file"  # zero bytes, or a header with no sample after it
     NOT_AUDIO = "not_audio"  # no decoder recognises the content
     TRUNCATED = "truncated"  # fewer samples than the header or the container promises
     ABSURD_HEADER = "absurd_header"  # declared sizes that the bytes cannot hold
@@ -30,20 +30,20 @@ class ErrorKind(StrEnum):
     TOO_LONG = "too_long"  # over the limit on decoded length
     BAD_RECORD = "bad_record"  # a manifest line, tar member or Parquet row that does not describe an item
     TORN_ARCHIVE = (
-        "torn_archive"  # an archive that ends or breaks in the middle: stands for the members behind the tear
+        "torn_archive"  # an archive that ends or breaks in the middle: the row stands for the members after the tear
     )
-    MISSING_OBJECT = "missing_object"  # the listing or manifest names it, the storage does not have it
-    FORBIDDEN = "forbidden"  # the storage refuses to give it
+    MISSING_OBJECT = "missing_object"  # the listing or manifest names it, but the storage does not have it
+    FORBIDDEN = "forbidden"  # the storage refuses access to it
     STORAGE = "storage"  # the storage failed after all retries, or the package that reaches it is not installed
     DECODER_CRASH = "decoder_crash"  # decoding crashed, hung or took more memory than the limit, in a new process
     OUT_OF_MEMORY = "out_of_memory"  # the item alone does not fit the device
-    UNEXPECTED = "unexpected"  # a defect of this program that the item met; the message names it
+    UNEXPECTED = "unexpected"  # a defect of this program that the item exposed; the message names it
 
 
-# Whose cause lies outside the item, in storage or environment, so that an operator can mend it. DECODER_MISSING:
-# install it. DECODER_CRASH: a machine that stands still or is full can meet the limits of time and memory with a good
-# item, and another version of the decoder may not crash. UNEXPECTED: a host without memory, or a defect that a later
-# version has not. TOO_LONG is not among them: its limits are constants. A retry costs one shard.
+# Kinds whose cause lies outside the item, in storage or environment, so that an operator can fix it. DECODER_MISSING:
+# install it. DECODER_CRASH: on a machine that stalls or is full, a good item can reach the limits of time and memory,
+# and another version of the decoder may not crash. UNEXPECTED: a host without memory, or a defect that a later version
+# does not have. TOO_LONG is not among them: its limits are constants. A retry costs one shard.
 RETRYABLE_KINDS = frozenset(
     {
         *(ErrorKind.MISSING_OBJECT, ErrorKind.FORBIDDEN, ErrorKind.STORAGE),
@@ -78,7 +78,7 @@ class WorkerError(ParakeetError):
 
 
 class CredentialsError(WorkerError):
-    """A store takes none of this run's requests: the credentials are missing, wrong or have expired."""
+    """A store rejects all of this run's requests: the credentials are missing, wrong or expired."""
 
 
 class InputError(ParakeetError):
@@ -94,5 +94,5 @@ class InputError(ParakeetError):
         self.kind = ErrorKind(kind)
         self.message = str(self)
 
-    def __reduce__(self):  # survives the way between processes
+    def __reduce__(self):  # survives pickling between processes
         return type(self), (self.kind, self.message)

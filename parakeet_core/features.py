@@ -4,7 +4,7 @@ Shapes: `B` batch, `S` samples, `T` feature frames, `M` mel bins.
 
 The numbers are those of NeMo's `AudioToMelSpectrogramPreprocessor` as transformers' `ParakeetFeatureExtractor` computes
 them, on the CPU to the last bit. What differs is the work: frames are a strided view of the waveform, only the frames
-that count are computed, and each clip goes through in blocks that stay in the cache.
+that count are computed, and each clip is processed in blocks that stay in the cache.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from parakeet_core.config import FrontendConfig
 LOG_GUARD = 2.0**-24  # added to mel energies before the logarithm; NeMo's log_zero_guard_value
 STD_GUARD = 1e-5  # added to the standard deviation; NeMo's CONSTANT in normalize_batch
 BLOCK_FRAMES = 512  # frames transformed at a time on the CPU: 1 MB of frames and 1 MB of spectrum stay in the L2 cache
-BATCH_BLOCK_FRAMES = 120_000  # the same of a whole batch elsewhere: 250 MB of frames and 250 MB of spectrum
+BATCH_BLOCK_FRAMES = 120_000  # the same for a whole batch on other devices: 250 MB of frames and 250 MB of spectrum
 
 
 class LogMelFrontend:
@@ -40,7 +40,7 @@ class LogMelFrontend:
 
         Args:
             waveforms: B waveforms [S], float, mono, at the front end's rate, full scale 1.0.
-            device: where to compute; the device of the first tensor, else the CPU.
+            device: where to compute; by default the device of the first tensor, else the CPU.
 
         Returns:
             features [B, T, M] float32 and lens [B] int64. An item of S samples has S // hop frames; an item of one
@@ -75,11 +75,12 @@ class LogMelFrontend:
         return features
 
     def _padded(self, waveforms: list[Tensor], frames: list[int], lens: Tensor) -> Tensor:
-        """[B, T, M]: the whole batch in one go, for devices that like few large operations.
+        """[B, T, M]: the whole batch in one go, for devices that favour few large operations.
 
         Args:
             waveforms: on the device.
-            frames: of each, on the host; lens: the same on the device, whose values are not waited for.
+            frames: of each waveform, on the host.
+            lens: the same on the device; their values are not waited for.
         """
         longest, device = max(frames, default=0), lens.device
         if not longest:
@@ -107,8 +108,8 @@ class LogMelFrontend:
     def _log_mel(self, emphasised: Tensor, start: int, end: int) -> Tensor:
         """Log-mel frames [start, end) of padded waveforms [..., S + n_fft] -> [..., T, M].
 
-        The window stands in the middle of the transform, as in the reference. Elsewhere the power would be the same but
-        for rounding, which is all that bins without energy hold: it showed as 2.5e-4 in a chirp's normalised features.
+        The window is in the middle of the transform, as in the reference. Elsewhere the power would be the same except
+        for rounding, but bins without energy hold nothing else: it amounted to 2.5e-4 in a chirp's normalised features.
         """
         hop, n_fft = self.config.hop_length, self.config.n_fft
         window, mel_bank = self._constants_on(emphasised.device)
@@ -116,7 +117,7 @@ class LogMelFrontend:
         frames = span.unfold(-1, n_fft, hop) * window  # [..., T, n_fft]
         squares = torch.view_as_real(torch.fft.rfft(frames)).square_()  # [..., T, bins, 2]
         power = squares[..., 0].add(squares[..., 1])
-        power.sqrt_().square_()  # rounds as the reference, which squares the magnitude
+        power.sqrt_().square_()  # rounds like the reference, which squares the magnitude
         return power.matmul(mel_bank).add_(LOG_GUARD).log_()
 
     def _constants_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -131,7 +132,7 @@ class LogMelFrontend:
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:
-    """A host tensor on the device; a GPU is not waited for, which holds what was sent before."""
+    """A host tensor on the device; does not wait for a GPU, which may be busy with what was sent before."""
     if device.type != "cuda":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
@@ -140,9 +141,9 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
 def _normalise_(features: Tensor) -> None:
     """In place, [T, M]: zero mean and unit standard deviation of each mel bin over the frames (ddof 1).
 
-    Sums run as the reference's do: along time, over the valid frames and one masked frame more. Bins that a lossy codec
-    left empty hold log(2^-24) and hardly deviate, so the last bit of their mean becomes 0.03 of a feature: summed in
-    another order, 2 of 100 MP3 clips got another text.
+    Sums run in the reference's order: along time, over the valid frames and one more, masked frame. Bins that a lossy
+    codec left empty hold log(2^-24) and hardly deviate, so the last bit of their mean becomes 0.03 of a feature: with
+    sums in another order, 2 of 100 MP3 clips got another text.
     """
     frames = features.shape[0]
     by_bin = F.pad(features.T, (0, 1))  # [M, T + 1]

@@ -1,17 +1,18 @@
-"""The CTC model in the form that is run: the function of `ParakeetCTC` in eval mode, with fewer and larger operations.
+"""The CTC model in its form for inference: the function of `ParakeetCTC` in eval mode, in fewer and larger operations.
 
 Shapes: `B` batch, `T` feature frames, `U` encoder frames, `M` mel bins, `D` model width, `H` heads, `K` head width,
 `C` subsampling channels, `P` relative positions (2U - 1), `V` vocabulary with blank.
 
-What is folded, and why it is the same function but for rounding:
+What is folded, and why the function is the same except for rounding:
 - BatchNorm's running statistics into the depthwise convolution before it; the halves of the feed-forward residuals into
   their second linear; 1/sqrt(K) into the query projection; the input scale into the subsampling's linear.
-- Query, key and value are one linear. Its query bias carries `bias_u`; what `bias_v` adds to a score is then
-  (bias_v - bias_u) . position, which no input changes: it is cached with the projected positions.
-- Projected positions of a length are a slice of those of any greater length: one table per layer serves all batches.
+- Query, key and value are one linear. Its query bias includes `bias_u`; what `bias_v` adds to a score is then
+  (bias_v - bias_u) . position, which does not depend on the input: it is cached with the projected positions.
+- Projected positions for one length are a slice of those for any greater length: one table per layer serves all
+  batches.
 - Pointwise convolutions are linears over [B, U, D], and the subsampling keeps channels last, so nothing is transposed.
 - Masks are applied in the three places that need them (subsampling, keys, before the depthwise convolution), and not at
-  all where every item fills the batch.
+  all if every item fills the batch.
 """
 
 from typing import NamedTuple
@@ -33,14 +34,14 @@ from parakeet_core.encoder import (
     valid_frames,
 )
 
-POSITION_STEP = 256  # encoder frames (20 s): position tables grow by whole steps, so that few lengths make them grow
-MIN_TILE_FRAMES = 4  # encoder frames; in smaller tiles a third of the work would be what neighbours compute too
-TILE_BYTES = 4 << 20  # first convolution's output on the CPU: fastest of 512 kB to 16 MB at 32 and at 256 channels
-FORMS = 64  # of compiled code in a process, at most
-SHORTEST_COMPILED = 3  # encoder frames; sizes of 1 on the way to fewer would each be compiled for
-QUERY_BLOCK = 512  # encoder frames (41 s) whose scores over all keys are in memory at a time, for longer items
+POSITION_STEP = 256  # encoder frames (20 s): position tables grow in whole steps, so that they grow rarely
+MIN_TILE_FRAMES = 4  # encoder frames; in smaller tiles a third of the work would repeat that of their neighbours
+TILE_BYTES = 4 << 20  # first convolution's output on the CPU: fastest of 512 kB to 16 MB, at 32 and at 256 channels
+FORMS = 64  # most forms of compiled code in a process
+SHORTEST_COMPILED = 3  # encoder frames; fewer lead to dimensions of size 1, and each would be compiled for separately
+QUERY_BLOCK = 512  # encoder frames (41 s) whose scores over all keys are in memory at once, in longer items
 # Encoder frames (82 s) of the longest batch that runs compiled, with all queries in one block: a window of a long item
-# (`engine.WINDOW_FRAMES`). Its scores by distance are a third more than blocks would compute, 2 % of a layer's work.
+# (`engine.WINDOW_FRAMES`). It computes a third more scores by distance than blocks would, 2 % of a layer's work.
 LONGEST_COMPILED = 1024
 
 
@@ -67,8 +68,8 @@ class InferenceModel(nn.Module):
         Args:
             features: [B, T, M] in the model's dtype.
             lens: [B] integer, valid feature frames.
-            padded: whether any item is shorter than T. Given, the device is never waited for and the forward has no
-                graph break; else it is found from `lens`.
+            padded: whether any item is shorter than T. If it is given, the forward never waits for the device and has
+                no graph break; else it is found from `lens`.
 
         Returns:
             logits [B, U, V] and their lens [B], U = ceil(T / subsampling factor).
@@ -84,7 +85,7 @@ class InferenceModel(nn.Module):
         padding = Padding.of(out_lens, frames, states.dtype) if padded else None
         self.reserve_positions(frames)
         for layer in self.layers:
-            # Attention in blocks is a loop, for which a layer would be compiled again at every number of blocks.
+            # Attention in blocks is a loop: a layer would be compiled again for every number of blocks.
             run = layer if SHORTEST_COMPILED <= frames <= LONGEST_COMPILED else layer.forward
             states = run(states, layer.attention.position_window(frames), padding)
         return self.head(states), out_lens
@@ -95,15 +96,15 @@ class InferenceModel(nn.Module):
             layer.attention.reserve(frames)
 
     def compile_layers(self, backend: str = "inductor") -> None:
-        """Have the subsampling and each layer run as generated code, which `torch.compile` writes on the first batches.
+        """Run the subsampling and each layer as code that `torch.compile` generates on the first batches.
 
-        The code is of a layer, for any number of items and frames: all layers share it, where a graph of the whole
-        model would take `n_layers` times as long to compile, again for each shape. Six forms of a layer exist: for one
+        The code is for one layer and for any number of items and frames, and all layers share it. A graph of the whole
+        model would take `n_layers` times as long to compile, and again for each shape. A layer has six forms: for one
         item, for several, and for several with padding, each for the first layer, whose input is a view, and for the
-        others. What is generated stays in the node's cache (`TORCHINDUCTOR_CACHE_DIR`) for the processes that come
-        after. Batches of more than LONGEST_COMPILED encoder frames run layers as they are: their attention is a loop.
+        others. The generated code stays in the node's cache (`TORCHINDUCTOR_CACHE_DIR`) for later processes. Batches of
+        more than LONGEST_COMPILED encoder frames run the layers uncompiled: their attention is a loop.
         """
-        # Past the default of 8 forms, and a second dtype in the process has its own, torch would go on uncompiled.
+        # Beyond its default of 8 forms torch would go on uncompiled, and a second dtype in the process needs its own.
         torch._dynamo.config.recompile_limit = max(FORMS, torch._dynamo.config.recompile_limit)
         self.subsampling.compile(backend=backend, dynamic=True)
         for layer in self.layers:
@@ -113,10 +114,10 @@ class InferenceModel(nn.Module):
 class TiledSubsampling(nn.Module):
     """`Subsampling` with channels last: [B, T, M] -> [B, U, D].
 
-    On the CPU item by item, each at its own length, in tiles of time. The first convolution's output is C times M / 2
-    numbers a frame, 40 MB for ten seconds at the true width; a tile's stays in the cache, and needs no mask. A tile
-    takes in `halo` encoder frames more on each side: their states are wrong, since the convolutions put zeros around
-    the tile, and are cut off.
+    On the CPU it runs item by item, each at its own length, in tiles of time. The first convolution's output is C times
+    M / 2 numbers a frame, 40 MB for ten seconds at the true width; that of a tile stays in the cache, and needs no
+    mask. A tile includes `halo` more encoder frames on each side: their states are wrong, since the convolutions pad
+    the tile with zeros, and are cut off.
     """
 
     def __init__(self, plain: Subsampling, config: EncoderConfig):
@@ -126,7 +127,7 @@ class TiledSubsampling(nn.Module):
         strided, pointwise = [convolutions[0], *convolutions[1::2]], convolutions[2::2]
         self.convolutions = nn.ModuleList(strided)  # the strided one of each stage
         self.pointwise = nn.ModuleList(_linear(conv.weight.flatten(1), conv.bias) for conv in pointwise)
-        self.halo = 0  # encoder frames at an edge of a tile that see what is past it
+        self.halo = 0  # encoder frames at an edge of a tile whose states depend on what is beyond it
         for _ in strided:
             self.halo = -(-(self.halo + config.subsampling_kernel // 2) // config.subsampling_stride)
         channels, mels = config.subsampling_channels, config.subsample(config.n_mels)
@@ -136,10 +137,10 @@ class TiledSubsampling(nn.Module):
         self.linear = _linear(weight, plain.linear.bias * scale)
 
     def forward(self, features: Tensor, lens: Tensor | None) -> Tensor:
-        """`lens` None says that every item fills the batch."""
+        """`lens` is None if every item fills the batch."""
         if features.device.type == "cpu" and not torch.compiler.is_compiling():
             return self.linear(self._by_item(features, lens))
-        # The model's number of mel bins, not that of the features' shape: as a symbol, Inductor fails over it.
+        # The configured number of mel bins, not the one in the features' shape: Inductor fails on it as a symbol.
         states = features.reshape(*features.shape[:2], self.config.n_mels, 1)  # [B, T, M, 1]
         for stage in range(self.config.n_subsampling_stages):
             if lens is not None:
@@ -182,30 +183,30 @@ class TiledSubsampling(nn.Module):
 
 
 class Padding(NamedTuple):
-    """Where a batch holds padding, in the two forms that layers need; `None` in its place says nowhere."""
+    """Where a batch holds padding, in the two forms that layers need; `None` in its place if there is none."""
 
-    kept: Tensor  # [B, U, 1], one on an item's frames, zero past them
+    kept: Tensor  # [B, U, 1], one on an item's frames, zero after them
     key_bias: Tensor  # [B, 1, 1, U], added to scores: zero, or so low that the key has no weight
 
     @classmethod
     def of(cls, lens: Tensor, frames: int, dtype: torch.dtype) -> "Padding":
         valid = valid_frames(lens, frames)
-        # Half of the lowest number, so that a score added to it stays finite, as do rows of items without frames.
+        # Half of the lowest number: its sum with a score stays finite, and so do rows of items without frames.
         lowest = torch.finfo(dtype).min / 2
         key_bias = torch.where(valid, 0.0, lowest).to(dtype)
         return cls(valid[:, :, None].to(dtype), key_bias[:, None, None])
 
 
 class Positions(NamedTuple):
-    """A layer's tables over the distances of one batch. Arguments, not state, so that compiled code takes any size."""
+    """A layer's tables for the distances of one batch. Arguments, not state, so that compiled code takes any size."""
 
     projected: Tensor  # [H, K, P or more]
     scores: Tensor  # [H, 1, P or more]
 
     def window(self, distances: slice) -> "Positions":
-        """The tables of some distances, with columns of zeros behind them where the device wants rows aligned.
+        """The tables for some distances, followed by columns of zeros if the device needs aligned rows.
 
-        By themselves they are 2U - 1 columns, from anywhere in the table.
+        Without the zeros they are 2U - 1 columns, which may begin anywhere in the table.
         """
         window = Positions(self.projected[..., distances], self.scores[..., distances])
         multiple = row_multiple(self.projected.device)
@@ -216,7 +217,7 @@ class Positions(NamedTuple):
 
 
 def row_multiple(device: torch.device) -> int:
-    """Numbers in a row of a matrix are to be a multiple of this: a GPU's fast products read 16 bytes at a time."""
+    """The length of a matrix's rows must be a multiple of this: a GPU's fast products read 16 bytes at a time."""
     return 1 if device.type == "cpu" else 8
 
 
@@ -277,8 +278,8 @@ class FusedAttention(nn.Module):
         if torch.compiler.is_compiling() or frames <= QUERY_BLOCK:
             out = self._attend(qkv, qkv[:, :, 0], positions, key_bias)
         else:
-            # Scores of a block of queries at a time, U * QUERY_BLOCK numbers, not U * U; by distance only those that a
-            # query of the block has to a key, not U * 2U.
+            # Scores of one block of queries at a time: U * QUERY_BLOCK numbers, not U * U; by distance, only those from
+            # a query of the block to a key, not U * 2U.
             blocks = []
             for start in range(0, frames, QUERY_BLOCK):
                 end = min(start + QUERY_BLOCK, frames)
@@ -290,7 +291,7 @@ class FusedAttention(nn.Module):
     def _attend(self, qkv: Tensor, queries: Tensor, positions: Positions, key_bias: Tensor | None) -> Tensor:
         """Queries [B, Q, H, K] over keys and values in qkv [B, U, 3, H, K] at Q + U - 1 distances: [B, H, Q, K]."""
         batch, count = queries.shape[:2]
-        # One product per head over all items' queries: with items in front, positions would be copied for each item.
+        # One product per head over the queries of all items: with items first, positions would be copied for each item.
         by_head = queries.flatten(0, 1).transpose(0, 1)  # [H, B * Q, K]
         by_distance = torch.baddbmm(positions.scores, by_head, positions.projected)  # [H, B * Q, P or more]
         scores = shift_relative(by_distance.unflatten(1, (batch, count)), keys=qkv.shape[1])
@@ -299,20 +300,20 @@ class FusedAttention(nn.Module):
             scores = scores + key_bias
         q, k, v = (heads.transpose(1, 2) for heads in (queries, qkv[:, :, 1], qkv[:, :, 2]))  # [B, H, Q or U, K] each
         if q.device.type == "cpu" and q.dtype != torch.float32:
-            # torch's own attention multiplies half precision slowly on CPUs: 1.3 to 1.8 times the time of these.
+            # torch's own attention is slow in half precision on CPUs: 1.3 to 1.8 times the time of these products.
             scores = torch.baddbmm(scores.flatten(0, 1), q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2))
             return torch.bmm(scores.softmax(-1), v.flatten(0, 1)).unflatten(0, q.shape[:2])
         return F.scaled_dot_product_attention(q, k, v, attn_mask=scores, scale=1.0)
 
     def position_window(self, frames: int) -> Positions:
-        """Tables of the distances of `frames` encoder frames, which `reserve` has made."""
+        """Tables for the distances of `frames` encoder frames; `reserve` must have made them."""
         centre = self.positions.shape[-1] // 2  # distance 0
         return Positions(self.positions, self.position_scores).window(slice(centre - frames + 1, centre + frames))
 
     def reserve(self, frames: int) -> None:
-        """Have position tables of more distances than `frames` encoder frames need.
+        """Make position tables with more distances than `frames` encoder frames need.
 
-        A table as a whole would have other strides than a window of it, and be compiled for.
+        A whole table would have other strides than a window of it, and would be compiled for separately.
         """
         if self.positions.shape[-1] > 2 * frames - 1:
             return
@@ -351,7 +352,7 @@ class FusedConvolution(nn.Module):
         """Each channel with its own kernel over time, zeros outside: [B, U, D] -> [B, U, D]."""
         frames, kernel = states.shape[1], self.depthwise_weight.shape[-1]
         if torch.compiler.is_compiling():
-            # Written out, it becomes one kernel with what surrounds it; a library's convolution stands alone.
+            # Written out, it is fused with the operations around it; a library's convolution would stay separate.
             padded = F.pad(states, (0, 0, kernel // 2, kernel // 2))
             taps = self.depthwise_weight[:, 0, 0].T  # [kernel, D]
             return self.depthwise_bias + sum(padded[:, i : i + frames] * taps[i] for i in range(kernel))
@@ -362,7 +363,7 @@ class FusedConvolution(nn.Module):
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    """A linear that holds these tensors as they are, without copying or drawing new ones."""
+    """A linear that holds these tensors as they are, without copying them or initialising new ones."""
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
     linear.weight = nn.Parameter(weight.detach(), requires_grad=False)
     if bias is not None:

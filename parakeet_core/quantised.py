@@ -1,8 +1,8 @@
-"""Linears in 8-bit integers, for CPUs whose instructions multiply those: some twice the rate of bfloat16.
+"""Linears in 8-bit integers, for CPUs with instructions to multiply them: about twice the rate of bfloat16.
 
-Weights have one scale per output channel, inputs one per row (a frame of an item), found when they come. So what a row
-gives hangs on no other row, and an item's text not on its batch. Sums of products are exact; weights and inputs are
-rounded, each to 1/127 of the largest in its channel or row.
+Weights have one scale per output channel; inputs have one per row (a frame of an item), computed at run time. So the
+result for a row depends on no other row, and an item's text does not depend on its batch. Sums of products are exact;
+weights and inputs are rounded, each to 1/127 of the largest in its channel or row.
 """
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 LEVELS = 127  # integers from -127 to 127
 ZERO_POINT = 128  # oneDNN multiplies unsigned inputs with signed weights
-# Names in torch.cpu.get_capabilities(). Without them sums of two products saturate at 16 bits, and results are wrong.
+# Names in torch.cpu.get_capabilities(). Without these, sums of two products saturate at 16 bits, and results are wrong.
 INSTRUCTIONS = ("avx512_vnni", "avx_vnni", "amx_int8")
 
 
@@ -18,7 +18,7 @@ class QuantisedLinear(nn.Module):
     """A linear on the CPU: [..., K] -> [..., N], in the dtype of its input.
 
     Args:
-        plain: whose weights are taken.
+        plain: the linear whose weights are taken.
     """
 
     def __init__(self, plain: nn.Linear):
@@ -36,7 +36,7 @@ class QuantisedLinear(nn.Module):
         rows = states.reshape(-1, states.shape[-1])
         scale = _scale(rows)
         integers = rows.to(torch.float32, copy=True).mul_(scale.reciprocal()).round_().to(torch.int8)
-        integers = integers.view(torch.uint8).add_(ZERO_POINT)  # modulo 256; torch is slow to make unsigned ones
+        integers = integers.view(torch.uint8).add_(ZERO_POINT)  # modulo 256; torch converts to unsigned slowly
         products = torch.ops.onednn.qlinear_pointwise(
             integers, 1.0, ZERO_POINT, self.packed, self.weight_scale, self.zero_points,
             None, 1.0, 0, rows.dtype, "none", [], "",
@@ -47,7 +47,7 @@ class QuantisedLinear(nn.Module):
 
 
 def _scale(rows: Tensor) -> Tensor:
-    """What 1 stands for in each row of [R, K], so that the largest becomes 127; float32 [R, 1], above zero."""
+    """Scale of each row of [R, K], with which its largest value becomes 127; float32 [R, 1], above zero."""
     return rows.abs().amax(1, keepdim=True).float().clamp_min(torch.finfo(torch.float32).tiny * LEVELS) / LEVELS
 
 
@@ -60,7 +60,7 @@ def quantise_linears(module: nn.Module) -> None:
 
 
 def processor_multiplies_bytes() -> bool:
-    """Whether this CPU has the instructions, and torch the operation."""
+    """Whether this CPU has the instructions and torch has the operation."""
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()
     there = hasattr(torch.ops.onednn, "qlinear_pointwise") and torch.backends.mkldnn.is_available()
     return there and any(capabilities.get(name, False) for name in INSTRUCTIONS)

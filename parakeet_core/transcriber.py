@@ -17,20 +17,20 @@ from parakeet_core.words import Tokens, Word, group_words
 
 AudioItem = str | os.PathLike | bytes | np.ndarray | Tensor
 WINDOW_AUDIO_S = (
-    1800.0  # seconds decoded before the model runs: 58 MB of features, enough to form batches of like length
+    1800.0  # seconds decoded before the model runs: 58 MB of features, enough to form batches of similar length
 )
 
 
 @dataclass(frozen=True)
 class Transcript:
-    """What one item says, or why that is not known.
+    """The transcript of one item, or why there is none.
 
     Attributes:
-        text: "" where nothing was said, or where `error` is set.
+        text: "" if nothing was said, or if `error` is set.
         token_ids: collapsed, without blanks.
         words: with times in seconds from the item's start.
-        confidence: mean over tokens of the posterior, in [0, 1]; None without tokens.
-        duration_s: of the audio; None where it could not be decoded.
+        confidence: mean posterior of the tokens, in [0, 1]; None without tokens.
+        duration_s: of the audio; None if it could not be decoded.
         blank_ratio: share of encoder frames without a token.
         error: set instead of a text.
     """
@@ -67,7 +67,7 @@ class Transcriber:
         """Load a checkpoint directory or .nemo file; see `load_checkpoint`. Raises CheckpointError.
 
         Args:
-            compiled: see `Engine`. On CUDA it is the default, which takes a minute in the first process of a node.
+            compiled: see `Engine`. It is the default on CUDA, and takes a minute in the first process on a node.
         """
         return cls(load_checkpoint(path, dtype=dtype, device=device), compiled)
 
@@ -147,7 +147,7 @@ def as_waveform(samples: np.ndarray | Tensor) -> np.ndarray:
     """Mono float32 in [-1, 1] from an array of samples on any device: [S] -> [S].
 
     Raises:
-        InputError: more than one dimension, a type that says no full scale, or samples that are not finite or beyond
+        InputError: more than one dimension, a type without a full scale, or samples that are not finite or beyond
             any full scale.
     """
     if isinstance(samples, Tensor):

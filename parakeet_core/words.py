@@ -45,6 +45,6 @@ def group_words(tokens: Tokens, tokenizer: Tokenizer, frame_s: float) -> list[Wo
     for begin, end in itertools.pairwise([*begins, len(ids)]):
         start_s, end_s = float(tokens.starts[begin]) * frame_s, float(tokens.ends[end - 1]) * frame_s
         confidence = float(tokens.scores[begin:end].mean())
-        # One group is several words only where a piece itself holds a space, as the unknown piece does.
+        # A group is several words only if a piece itself contains a space, as the unknown piece does.
         words += [Word(text, start_s, end_s, confidence) for text in tokenizer.decode(ids[begin:end]).split()]
     return words

@@ -1,11 +1,11 @@
-"""The model alone at the true widths, random weights: RTFx beside transformers on the same weights in one run.
+"""The model alone, true widths, random weights: RTFx beside transformers with the same weights in one run.
 
     python tests/bench/bench_engine.py [--quick] [--threads N] [--device cpu|cuda] [--models 0.6b 1.1b]
 
-On the CPU: a sweep over batch sizes at 10 s and the real length mix, in float32, in bfloat16, and, where `--dtype` asks
-for it, in int8 beside bfloat16 of transformers. With CUDA: RTFx, share of the measured matrix peak, memory and padding,
-beside transformers eager and compiled. Needs torch, transformers, numpy, safetensors and sentencepiece
-only. `--quick` runs 4 layers on the CPU and one model on CUDA.
+On the CPU: a sweep over batch sizes at 10 s and the real length mix, in float32, in bfloat16 and, if `--dtype` asks for
+it, in int8 beside transformers in bfloat16. With CUDA: RTFx, share of the measured matrix peak, memory and padding,
+beside transformers eager and compiled. Needs only torch, transformers, numpy, safetensors and sentencepiece. `--quick`
+runs 4 layers on the CPU and one model on CUDA.
 """
 
 import dataclasses
@@ -56,7 +56,7 @@ def main() -> None:
 
 
 def model_flops(config: EncoderConfig, frames: int) -> float:
-    """Floating-point operations of one item of `frames` feature frames, a multiplication and an addition being two."""
+    """Floating-point operations of one item of `frames` feature frames; a multiplication and an addition are two."""
     width, encoder_frames = config.d_model, config.subsample(frames)
     per_frame = 2 * width * (4 * config.d_ff + 7 * width + config.conv_kernel)  # linears and depthwise convolution
     per_frame += 8 * width * encoder_frames  # scores by content, by distance (twice as many), and values
@@ -122,7 +122,7 @@ def _engine_run(engine: Engine, features: list[Tensor], budget_frames: float | N
 
 
 def _difference(reference, engine: Engine, config: EncoderConfig) -> float:
-    """Of our logits from transformers', on a padded batch of two, over the longest item."""
+    """Relative difference of our logits from transformers', on the longer item of a padded batch of two."""
     features = torch.stack(harness.random_features([320, 320], config.n_mels))
     lens = torch.tensor([320, 201])
     mask = torch.arange(320) < lens[:, None]
@@ -171,7 +171,7 @@ class _GraphOnFirstCall:
     def __call__(self) -> None:
         if self.graph is None:
             side = torch.cuda.Stream()
-            with torch.cuda.stream(side):  # what is compiled or allocated once may not be captured
+            with torch.cuda.stream(side):  # what happens once, such as compilation and allocation, must not be captured
                 for _ in range(3):
                     self.run()
             torch.cuda.synchronize()
@@ -182,10 +182,10 @@ class _GraphOnFirstCall:
 
 
 def _compare_cuda(reference, model, config: EncoderConfig, batch: int, peak: float) -> list[list[object]]:
-    """Rows of one static shape: each library eager, then compiled for it."""
-    torch._dynamo.reset()  # whole models compiled for one shape each would come to torch's limit of forms
+    """Rows for one static shape: each library eager, then compiled for it."""
+    torch._dynamo.reset()  # whole models compiled for one shape each would reach torch's limit on forms
     gc.collect()
-    torch.cuda.empty_cache()  # with the pools of earlier graphs
+    torch.cuda.empty_cache()  # and the pools of earlier graphs
     ours, layers = model.prepare_inference(), model.prepare_inference()
     layers.compile_layers()
     layers.reserve_positions(config.subsample(CLIP_FRAMES))
@@ -216,7 +216,7 @@ def _compare_cuda(reference, model, config: EncoderConfig, batch: int, peak: flo
             torch.cuda.synchronize()
             first_s = time.perf_counter() - start
             seconds = race({what: run}, 10, "cuda")[what]
-        except RuntimeError as error:  # out of memory, or what a compiler does not take: the other rows still count
+        except RuntimeError as error:  # out of memory, or code that a compiler rejects: the other rows still count
             print(f"{what}, batch {batch}: {type(error).__name__}: {str(error)[:300]}")
             rows.append([batch, what, type(error).__name__, "", "", ""])
             torch.cuda.empty_cache()

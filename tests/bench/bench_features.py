@@ -2,7 +2,7 @@
 
 python tests/bench/bench_features.py [--quick] [--threads N]
 
-Then the whole chain of a feature actor on one core, encoded audio in, float16 features out, with its parts.
+Then the whole chain of a feature actor on one core, from encoded audio to float16 features, with its parts.
 """
 
 import io
@@ -66,7 +66,7 @@ def _compare(batch: int, rounds: int) -> list[object]:
 
 
 def _chain(kind: str, rate_hz: int, subtype: str | None, rounds: int) -> list[object]:
-    """A row of rates of one encoding."""
+    """The row of rates for one encoding."""
     config = FrontendConfig()
     clips = [_encode(waveform, kind, rate_hz, subtype) for waveform in _speech(config.sample_rate_hz)]
     frontend = LogMelFrontend(config)
@@ -84,7 +84,7 @@ def _chain(kind: str, rate_hz: int, subtype: str | None, rounds: int) -> list[ob
 
 
 def _speech(rate_hz: int) -> list[np.ndarray]:
-    """Real clips, decoded: at even steps through the LibriSpeech manifest, or the prompts that the project carries."""
+    """Real clips, decoded: at even steps from the LibriSpeech manifest, else from the bundled prompts."""
     manifest = harness.SPEECH / "librispeech-dev-clean.jsonl"
     if not manifest.exists():
         manifest = harness.ROOT / "tests" / "data" / "prompts" / "prompts.jsonl"

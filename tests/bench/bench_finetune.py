@@ -1,9 +1,9 @@
-"""The carried model adapted to one domain in minutes: Asterisk's menu prompts ("press one to ...") with their digits.
+"""The bundled model adapted to one domain in minutes: Asterisk's menu prompts ("press one to ...") with their digits.
 
     python tests/bench/bench_finetune.py [--debs FOLDER] [--output FOLDER]
 
-Trains on menus and the ten spoken digits, some four minutes of one speaker, and measures other menus, none with the
-text of one of them. The recordings come from Debian's packages, see tests/data/prompts/make_prompts.py.
+Trains on menus and the ten spoken digits, about four minutes of one speaker, and measures other menus, none with the
+same text as one of these. The recordings come from Debian's packages, see tests/data/prompts/make_prompts.py.
 """
 
 import argparse
@@ -52,7 +52,7 @@ def main() -> None:
 
 
 def write_menus(debs: Path | None, folder: Path) -> tuple[Path, Path]:
-    """Manifests to train on and to measure, with their audio as FLAC."""
+    """Manifests for training and for measuring, with their audio as FLAC."""
     if debs is None:
         subprocess.run(["apt-get", "download", *make_prompts.PACKAGES], cwd=folder, check=True)
     root = folder / "root"

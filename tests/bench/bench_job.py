@@ -4,10 +4,10 @@
         [--tries 2]
 
 Prints, for the same clips and the same small model: the job with and without Ray's start-up, in each dtype; our own
-`Transcriber` in one process, and a script of transformers' extractor and `generate` at its best batch size, in float32;
-then where the job's time goes and how much memory driver, actors and object store took at their peak. `--repeat` lists
-every clip so many times, to show that memory does not grow with hours. Each time is the best of `--tries`: the cores of
-a rented machine are not equally fast at every moment.
+`Transcriber` in one process, and a script with transformers' extractor and `generate` at its best batch size, in
+float32; then where the job's time goes and how much memory driver, actors and object store took at their peak.
+`--repeat` lists every clip that many times, to show that memory does not grow with hours. Each time is the best of
+`--tries`: the cores of a rented machine are not equally fast at every moment.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from harness import ROOT, SPEECH, TINY_CHECKPOINT, print_machine, print_table
 
-SAMPLE_EVERY_S = 0.2  # of memory, which costs the job up to a tenth of its speed: times come from runs without it
+SAMPLE_EVERY_S = 0.2  # of memory; sampling costs the job up to a tenth of its speed: times come from runs without it
 DTYPES = ("float32", "bfloat16", "int8")
 REFERENCE_BATCHES = (1, 4, 16)  # sizes tried; the best one is reported
 
@@ -105,7 +105,7 @@ def transformers_row(paths: list[str], tries: int) -> tuple[str, float]:
 def job_run(
     records: list[dict], repeat: int, shard_audio_s: float | None, dtype: str, memory: bool
 ) -> tuple[dict, dict[str, int]]:
-    """The job as a command of its own; its receipt with seconds added, and peak memory by kind of process if asked."""
+    """The job as a separate command; its receipt with seconds added, and peak memory by kind of process if asked."""
     with tempfile.TemporaryDirectory() as folder:
         manifest, output = Path(folder, "items.jsonl"), Path(folder, "out")
         with open(manifest, "w", encoding="utf-8") as file:

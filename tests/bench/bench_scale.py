@@ -2,9 +2,9 @@
 
     python tests/bench/bench_scale.py [--quick] [--workers 1 2 4] [--hours 0.1 0.3 1 2.7 9 27] [--items 1000 … 1000000]
 
-The hours are the LibriSpeech clips beside the checkout, listed as often as it takes, each time under other ids; without
-them, the carried prompts. A straight line through time over hours gives the cost of starting and of an hour; a point
-off the line says where growth is not linear. Planning is measured on synthetic listings, apart from any audio.
+The audio is the LibriSpeech clips beside the checkout, listed as often as needed, each time under other ids; without
+them, the bundled prompts. A straight line fitted to time over hours gives the cost of starting and of an hour; a point
+off the line shows where growth is not linear. Planning is measured on synthetic listings, without audio.
 """
 
 import argparse
@@ -34,7 +34,7 @@ def main() -> None:
     options = parser.parse_args()
     hours = options.hours or (QUICK_HOURS if options.quick else HOURS)
     items = options.items or (QUICK_ITEMS if options.quick else ITEMS)
-    workers = [count for count in options.workers or WORKERS if count <= os.cpu_count()]  # Ray has no place for more
+    workers = [count for count in options.workers or WORKERS if count <= os.cpu_count()]  # Ray has no CPUs for more
     print_machine()
     over_hours(hours)
     over_workers(workers, WORKERS_HOURS if not options.quick else QUICK_HOURS[0])
@@ -63,7 +63,7 @@ def over_hours(hours: tuple[float, ...]) -> None:
 
 
 def over_workers(workers: list[int], hours: float) -> None:
-    """The same hours with other numbers of CPU workers."""
+    """The same hours with different numbers of CPU workers."""
     rows = []
     for count in workers:
         receipt, peaks = run_hours(hours, "--model-actors", f"{count}:{count}")
@@ -75,7 +75,7 @@ def over_workers(workers: list[int], hours: float) -> None:
 
 
 def run_hours(hours: float, *options: str) -> tuple[dict, dict[str, int]]:
-    """A run over so many hours: its receipt with seconds added, and peak memory by kind of process."""
+    """A run over that many hours: its receipt with seconds added, and peak memory by kind of process."""
     with tempfile.TemporaryDirectory() as folder:
         write_hours(Path(folder, "items.jsonl"), hours)
         receipt, peaks = command_run(Path(folder, "items.jsonl"), Path(folder, "out"), *options, memory=True)
@@ -83,7 +83,7 @@ def run_hours(hours: float, *options: str) -> tuple[dict, dict[str, int]]:
 
 
 def write_hours(path: Path, hours: float) -> None:
-    """A manifest of clips until they are so many hours."""
+    """Write a manifest of clips that add up to that many hours."""
     manifest = SPEECH / "librispeech-dev-clean.jsonl"
     if not manifest.exists():
         manifest = ROOT / "tests/data/prompts/prompts.jsonl"

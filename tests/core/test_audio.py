@@ -202,7 +202,7 @@ def test_segments_and_probes_read_only_what_they_need(container, codec):
     assert file.bytes_read < 50_000
     file = CountingFile(data)
     decode_audio(file, offset_s=20.0, duration_s=1.0)
-    assert file.bytes_read < 0.6 * len(data)  # mpg123 walks the frames up to the place
+    assert file.bytes_read < 0.6 * len(data)  # mpg123 walks the frames up to that point
 
 
 @needs_speech

@@ -64,14 +64,14 @@ def test_segments(name):
     _, codec, rate, _, _, _ = FORMATS[name]
     data, _ = make_item(name)
     whole = decode_audio(data, rate)
-    slack = rate // 1000 if codec == "libopus" else 0  # Matroska's time stamps are in ms, and Opus frames begin between
+    slack = rate // 1000 if codec == "libopus" else 0  # Matroska's time stamps are in ms; Opus frames may begin between
     for offset_s in (0.0, 0.3, 2.5, 6.12, 7.0):
         segment = decode_audio(data, rate, offset_s=offset_s, duration_s=0.8)
         first = round(offset_s * rate)
         assert len(segment) == round(0.8 * rate)
         shifts = range(-min(slack, first), slack + 1)
         parts = [whole[first + shift : first + shift + len(segment)] for shift in shifts]
-        if codec == "aac":  # its decoder makes up the noise, and other noise after a seek
+        if codec == "aac":  # its decoder generates noise, which differs after a seek
             likeness = [np.corrcoef(segment[3:-3], np.roll(parts[0], lag)[3:-3])[0, 1] for lag in range(-3, 4)]
             assert max(likeness) == likeness[3] > 0.95
         else:
@@ -120,7 +120,7 @@ def test_cut_files(name):
 
 
 def test_aac_behind_an_id3_tag():
-    """As radio recorders and segments of HTTP live streams have it."""
+    """As in files of radio recorders and in segments of HTTP live streams."""
     data, _ = make_item("adts")
     tagged = b"ID3\x04\0\0\0\0\0\x3f" + bytes(63) + data
     assert probe_audio(tagged).container == "ADTS"
@@ -132,7 +132,7 @@ def test_ogg_streams_joined_end_to_end():
         first, second = (encode(make_sound(s, seed=s), 16000, "OGG", codec) for s in (3, 2))
         joined = load_audio(first + second)
         assert joined.info.container == "OGG"
-        assert 5.0 <= joined.duration_s < 5.05  # libsndfile reads the first 3 s of it
+        assert 5.0 <= joined.duration_s < 5.05  # libsndfile reads only the first 3 s of it
         assert np.corrcoef(joined.waveform[:48000], decode_audio(first))[0, 1] > 0.99
         assert np.corrcoef(joined.waveform[-32000:], decode_audio(second))[0, 1] > 0.99
 
@@ -158,7 +158,7 @@ def test_ogg_streams_of_one_serial_number_joined(codec, tmp_path):
         for source in (path.read_bytes(), path):
             assert seconds <= load_audio(source).duration_s < seconds + 0.1
     assert probe_audio(long).container == "OGG"
-    assert probe_audio(long).frames == 9 * 16000  # one stream is read by libsndfile
+    assert probe_audio(long).frames == 9 * 16000  # a single stream is read by libsndfile
 
 
 def test_a_storage_error_is_not_called_damage():
@@ -199,7 +199,7 @@ def test_without_the_extra(monkeypatch):
             error = catch(lambda d=data, c=call: c(d))
             assert error.kind is ErrorKind.DECODER_MISSING
             assert "pip install 'parakeet-batch[av]'" in error.message
-    assert len(decode_audio(encode(make_sound(1)))) == 16000  # the rest goes on
+    assert len(decode_audio(encode(make_sound(1)))) == 16000  # other formats still work
 
 
 SEEDS = [make_item(name, seconds=0.5)[0] for name in FORMATS]

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from parakeet_core.audio import decode_audio, load_audio, probe_audio
 from parakeet_core.errors import ErrorKind, InputError
 
-# Containers in which nothing tells a cut file from a short one, or where libsndfile keeps to itself what does.
+# Containers in which nothing tells a cut file from a short one, or where libsndfile does not expose what does.
 UNDECLARED = {"AVR", "SVX", "MAT4", "MAT5", "MPC2K", "PAF", "PVF", "IRCAM", "VOC", "WVE", "XI"}
 COMMON = [("WAV", "PCM_16"), ("FLAC", "PCM_16"), ("MP3", "MPEG_LAYER_III"), ("OGG", "VORBIS"), ("OGG", "OPUS")]
 
@@ -27,7 +27,7 @@ def test_cut_files(container, codec):
     data = encode(make_sound(4), container=container, codec=codec)
     for share in (0.5, 0.95):
         error = catch(lambda share=share: decode_audio(data[: int(share * len(data))]))
-        if container == "HTK":  # recognised by a size that is exact, so it is not recognised
+        if container == "HTK":  # recognised by its exact size, so a cut file is not recognised
             assert error.kind is ErrorKind.NOT_AUDIO
         else:
             assert error.kind is ErrorKind.TRUNCATED
@@ -101,7 +101,7 @@ def test_streamed_wav(riff_size, data_size, tmp_path):
 @pytest.mark.parametrize("data_size", ["wrapped", 0xFFFFFFFF, 0])
 @pytest.mark.parametrize("tail", [b"", b"LIST\x04\0\0\0INFO"])
 def test_wav_over_4_gib(data_size, tail, tmp_path):
-    """Sizes have 32 bits: writers let them wrap, and libsndfile would read the rest of the division."""
+    """Sizes have 32 bits: writers let them wrap, and libsndfile would read only the remainder."""
     end = (make_sound(1, 48000, 2) * 32767).astype("<i2")
     frames = 7 * 3600 * 48000
     path = tmp_path / "day.wav"
@@ -228,11 +228,11 @@ def test_absurd_headers(name):
 
 def test_header_that_declares_too_little():
     data = flac_with(encode(make_sound(1), container="FLAC"), frames=8000)
-    assert len(decode_audio(data)) == 8000  # as libsndfile: the header of a flac is the truth
+    assert len(decode_audio(data)) == 8000  # as in libsndfile: the header of a flac is trusted
 
 
 def mpeg_frames(data: bytes) -> list[int]:
-    """Return the offsets of the frames of an mp3 at 16 kHz, mono, by its bit rates."""
+    """Return the offsets of the frames of a mono mp3 at 16 kHz, from its bit rates."""
     offsets, at = [], 0
     while at + 4 <= len(data):
         assert data[at : at + 2] == b"\xff\xf3"
@@ -258,7 +258,7 @@ def test_mp3_without_a_tag():
             loaded = load_audio(data)
             assert abs(loaded.info.frames - samples) <= 529
             assert len(loaded.waveform) == loaded.info.frames
-            delay = 1105 - (samples - loaded.info.frames)  # LAME's, that the tag would have told to drop
+            delay = 1105 - (samples - loaded.info.frames)  # LAME's, which the tag would have told the decoder to drop
             np.testing.assert_allclose(
                 loaded.waveform[delay : delay + 300_000], decode_audio(tagged)[:300_000], atol=1e-6
             )
@@ -301,7 +301,7 @@ def test_mp3_joined_end_to_end():
     tail = joined[5 * 16000 - 2000 :]
     shift = int(np.argmax(np.correlate(tail, reference, "valid")))
     np.testing.assert_allclose(tail[shift : shift + 40_000], reference, atol=1e-5)
-    assert len(decode_audio(first + b"TAG" + bytes(125))) == 5 * 16000  # an ID3v1 tag is no second file
+    assert len(decode_audio(first + b"TAG" + bytes(125))) == 5 * 16000  # an ID3v1 tag is not a second file
 
 
 def test_mp3_with_a_tag_that_was_never_filled_in():
@@ -337,12 +337,12 @@ def test_ogg_pages(codec):
         assert what in error.message
     for size in (pages[-1] + 1, pages[-1] + 26, pages[-1] + 28, len(data) - 1):
         assert catch(lambda s=size: decode_audio(data[:s])).kind is ErrorKind.TRUNCATED
-    filled = data + bytes(200_000)  # by a download that was to be longer
+    filled = data + bytes(200_000)  # by a download that should have been longer
     assert "no Ogg page" in catch(lambda: decode_audio(filled)).message
     np.testing.assert_array_equal(decode_audio(filled, duration_s=2), decode_audio(data, duration_s=2))
     recorded = decode_audio(data[: pages[-1]])  # whole pages without a last one: a live recording that was stopped
     np.testing.assert_array_equal(recorded, decode_audio(data)[: len(recorded)])
-    joined = data[: pages[2]] + data[pages[4] :]  # and one that was joined in the middle
+    joined = data[: pages[2]] + data[pages[4] :]  # and one from which pages in the middle are missing
     assert 0 < len(decode_audio(joined)) < 6 * 16000
 
 
@@ -435,5 +435,5 @@ def test_junk_gives_a_waveform_or_an_input_error(data, options):
     assert waveform.ndim == 1
     assert waveform.dtype == np.float32
     assert np.isfinite(waveform).all()
-    assert peak < 3 * waveform.nbytes + (8 << 20)  # of numpy and Python
+    assert peak < 3 * waveform.nbytes + (8 << 20)  # memory of numpy and Python
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 << 10  # KiB: the decoders' own

@@ -1,4 +1,4 @@
-"""Decoding in another process: the same results, and sources that really crash it, hang in it or eat its memory."""
+"""Decoding in another process: the same results, and sources that really crash it, hang it or exhaust its memory."""
 
 import io
 import os
@@ -72,7 +72,7 @@ def test_an_error_of_the_storage_is_raised_as_it_is(decoder):
         def read(self, size=-1):
             if self.tell() > 1000:
                 raise PermissionError("the credentials have expired")
-            return super().read(min(size, 500))  # and a storage may give less than is asked for
+            return super().read(min(size, 500))  # and storage may return less than was requested
 
     data = encode(make_sound(30))
     with pytest.raises(PermissionError, match="expired"):
@@ -146,5 +146,5 @@ def test_the_process_holds_no_credentials_and_goes_with_its_owner(monkeypatch):
     decoder.wait_until_ready()
     process = decoder._process.pid
     assert b"canary" not in Path(f"/proc/{process}/environ").read_bytes()
-    decoder._connection.close()  # all that is left of a parent that was killed
+    decoder._connection.close()  # what the process sees when its parent is killed
     assert os.waitpid(process, 0)[1] == 0

@@ -36,7 +36,7 @@ def test_every_item_once_within_the_budget(lens, budget, max_size):
 @given(LENS, BUDGETS)
 @settings(max_examples=100)
 def test_no_batch_is_cut_without_need(lens, budget):
-    """Greedy, but never short: the next item exceeded the budget, or padding for it the limit."""
+    """Greedy, but never short: with the next item, the batch would exceed the budget or its padding the limit."""
     batches = plan_batches(lens, budget)
     for batch, following in itertools.pairwise(batches):
         joined = (*batch.indices, following.indices[0])

@@ -1,6 +1,6 @@
-"""torch.compile takes both forms as one graph, without a break, and gives what they give uncompiled.
+"""torch.compile takes both forms as one graph, without a break, and gives the same results as uncompiled.
 
-The backend traces and differentiates but generates no code, which would take minutes.
+The backend traces and differentiates but does not generate code, which would take minutes.
 """
 
 import copy
@@ -36,7 +36,7 @@ def assert_same(compiled, model, cases, *flags):
 
 
 def test_plain_form():
-    """Two shapes, the second of which makes the compiler see shapes as symbols."""
+    """Two shapes, the second of which makes the compiler treat shapes as symbols."""
     model = small_model(n_layers=1)
     assert_same(torch.compile(model, fullgraph=True, backend=BACKEND), model, [[64, 40], [120, 97, 8]])
 
@@ -50,7 +50,7 @@ def test_inference_form(padded):
 
 
 def test_layers_for_any_shape():
-    """After the engine's warm-up no batch is compiled for, whatever its items and frames."""
+    """After the engine's warm-up nothing more is compiled, whatever a batch's number of items and frames."""
     model = small_model(n_layers=2).prepare_inference()
     compiled = copy.deepcopy(model)
     compiled.compile_layers(backend=BACKEND)
@@ -66,7 +66,7 @@ def test_layers_for_any_shape():
 
 
 def test_gradients_of_a_training_step():
-    """Rates are zero, so that both steps are the same."""
+    """Dropout rates are zero, so that both steps are the same."""
     model = small_model(n_layers=1, dropout=0.0, activation_dropout=0.0, attention_dropout=0.0, layerdrop=0.0).train()
     features, lens = random_features([64, 40])
 
@@ -85,7 +85,7 @@ def test_gradients_of_a_training_step():
 
 
 def test_training_with_every_rate_is_one_graph():
-    model = small_model(n_layers=2, dropout_positions=0.1).train()  # the other rates are 0.1 by default
+    model = small_model(n_layers=2, dropout_positions=0.1).train()  # the other dropout rates are 0.1 by default
     features, lens = random_features([64, 40])
     logits, _ = torch.compile(model, fullgraph=True, backend=BACKEND)(features, lens)
     logits.square().mean().backward()

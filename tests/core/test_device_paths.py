@@ -1,7 +1,7 @@
-"""What a GPU runs, on a device that has shapes and no values ("meta").
+"""What a GPU runs, on a device that has shapes but no values ("meta").
 
-An operation that took a tensor of another device, or that made the host wait for a value, would raise. No number is
-checked here, and no kernel: that takes a GPU.
+An operation that took a tensor from another device, or made the host wait for a value, would raise. Numbers and kernels
+are not checked here: that takes a GPU.
 """
 
 import pytest
@@ -27,7 +27,7 @@ def test_values_are_out_of_reach():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("frames", "padded"), [(400, False), (400, True), (5000, True)])
 def test_model_to_scores(dtype, frames, padded):
-    """One item fills the batch or none is short; 5,000 frames go through attention in blocks of queries."""
+    """As a batch with padding and as one without; 5,000 frames go through attention in blocks of queries."""
     model = small_model(n_layers=2)
     config, subsample = model.config, model.config.encoder.subsample
     model = model.to(META, dtype).prepare_inference()
@@ -42,7 +42,7 @@ def test_model_to_scores(dtype, frames, padded):
 
 @pytest.mark.parametrize("frames", [1, 2, 125, 255, 256, 257, 512])
 def test_positions_have_whole_rows(frames):
-    """A GPU's fast products take rows of a multiple of 16 bytes, from an address that is one."""
+    """A GPU's fast products take rows whose length and address are multiples of 16 bytes."""
     model = small_model(n_layers=1).to(META, torch.bfloat16).prepare_inference()
     model.reserve_positions(frames)
     for table in model.layers[0].attention.position_window(frames):

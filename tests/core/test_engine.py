@@ -96,7 +96,7 @@ def test_threads_beside_each_other(engine):
 
 
 def test_features_where_the_model_is(checkpoint, engine):
-    """In their order, whatever their lengths; those of nothing are empty."""
+    """In the order of the waveforms, whatever their lengths; an empty waveform has no frames."""
     waveforms = [torch.randn(samples) for samples in (16000, 0, 3200, 8000, 400)]
     found = engine.extract_features(waveforms)
     steps = [2.0**-exponent for exponent in (15, 14, 13, 12, 11)]
@@ -114,7 +114,7 @@ def test_items_without_frames(engine):
 
 
 def test_float16_features(engine):
-    """Features may come rounded, as a job sends them: they are widened, and the caller's are not changed."""
+    """Features may arrive rounded, as a job sends them: they are widened, and the caller's are not changed."""
     items = [item.half() for item in items_of([120, 80])]
     widened = engine.recognise([item.float() for item in items])
     for tokens, expected in zip(engine.recognise(items), widened, strict=True):
@@ -136,7 +136,7 @@ def windows(monkeypatch):
 
 @pytest.mark.parametrize("length", [200, 201, 208, 319, 320, 321, 327, 328, 329, 480, 481, 1000, 1003])
 def test_windows_of_a_model_that_sees_no_further(tmp_path, windows, length):
-    """Without attention's output a frame depends on its neighbours alone: windows must give what one pass gives.
+    """Without attention's output a frame depends only on its neighbours: windows must give what one pass gives.
 
     So every frame comes from one window, at its own place, and no seam adds or loses one.
     """
@@ -155,7 +155,7 @@ def test_windows_of_a_model_that_sees_no_further(tmp_path, windows, length):
 
 
 def test_sizes_of_windows_are_whole_encoder_frames():
-    """At every subsampling factor that checkpoints have; else seams would shift frames against each other."""
+    """At every subsampling factor that checkpoints have; otherwise seams would shift frames against each other."""
     for factor in (2, 4, 8, 16, 32):
         assert module.WINDOW_FRAMES % factor == 0
         assert module.CONTEXT_FRAMES % factor == 0
@@ -163,9 +163,9 @@ def test_sizes_of_windows_are_whole_encoder_frames():
 
 
 def test_windows_on_speech(tiny_en, prompts, windows):
-    """With attention a window of 24 s is not what one pass over 90 s says, but no worse: WER 37.8 %, not 42.0 %.
+    """With attention, windows of 24 s give another text than one pass over 90 s, but no worse: WER 37.8 %, not 42.0 %.
 
-    Both are bad because the model knows single prompts alone, each normalised by itself: those it hears at 0.4 %.
+    Both are bad because the model knows only single prompts, each normalised alone: for those its WER is 0.4 %.
     """
     checkpoint = load_checkpoint(tiny_en)
     engine = Engine(checkpoint)
@@ -184,7 +184,7 @@ def test_windows_on_speech(tiny_en, prompts, windows):
 
 
 def test_features_that_do_not_fit_the_device_come_from_the_host(checkpoint):
-    """A front end that has no room for more than one waveform, nor for a long one, but on the host."""
+    """A front end that runs out of memory on its first batch, whose features then come from the host, one by one."""
     engine = Engine(checkpoint)
     waveforms = [torch.randn(size, generator=torch.Generator().manual_seed(size)) for size in (4_000, 4_100, 16_000)]
     expected = engine.extract_features(waveforms, [0.5, 1.0, 2.0])
@@ -228,7 +228,7 @@ def edit_distance(first: list, second: list) -> int:
 
 
 def test_batch_that_does_not_fit_is_halved_until_it_does(checkpoint, monkeypatch):
-    """A model that runs out of memory above two items a batch, and on one item always."""
+    """A model that runs out of memory above two items a batch, and always on one of the items."""
     engine = Engine(checkpoint)
     items = items_of([60, 61, 62, 63, 64, 65, 120])
     expected = engine.recognise(items)
@@ -253,4 +253,4 @@ def test_batch_that_does_not_fit_is_halved_until_it_does(checkpoint, monkeypatch
     assert refused == [6, 3, 3, 1]
     for tokens, alone in zip(engine.recognise(items[:6]), expected[:6], strict=True):
         assert_same_tokens(tokens, alone)
-    assert len(refused) == 4  # it plans what fits from then on
+    assert len(refused) == 4  # from then on it plans batches that fit

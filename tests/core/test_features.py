@@ -1,4 +1,4 @@
-"""The front end by itself: against float64, at its edges, alone and batched, and in its form for GPUs."""
+"""The front end alone: against float64, at its edges, alone and batched, and in its form for GPUs."""
 
 import numpy as np
 import pytest
@@ -78,7 +78,7 @@ def test_tensors_and_arrays_give_the_same():
 
 @pytest.mark.parametrize("block_frames", [features_module.BATCH_BLOCK_FRAMES, 6 * 70])
 def test_whole_batch_in_one_go_as_on_a_gpu(block_frames, monkeypatch):
-    """The form for GPUs, run here on the CPU: the same numbers but for the order of sums."""
+    """The form for GPUs, run here on the CPU: the same numbers except for the order of sums."""
     monkeypatch.setattr(features_module, "BATCH_BLOCK_FRAMES", block_frames)
     frontend = LogMelFrontend(FrontendConfig())
     waveforms = [torch.from_numpy(noise(length, length)) for length in (16_000, 160, 319, 100, 0, 48_001)]

@@ -29,7 +29,7 @@ def clips(prompts):
 
 @pytest.fixture(scope="module")
 def expected(transcriber, clips):
-    """Each clip by itself."""
+    """Each clip alone."""
     return [transcriber.transcribe([clip.path])[0] for clip in clips]
 
 
@@ -132,7 +132,7 @@ def test_errors_stand_in_place(transcriber, clips, expected, tmp_path):
 
 
 def test_nothing_to_hear(transcriber):
-    """Silence, a sample and no sample at all are transcripts without text, not errors."""
+    """Silence, one sample and no sample at all give transcripts without text, not errors."""
     found = transcriber.transcribe([np.zeros(length, np.float32) for length in (0, 1, 159, 160, RATE_HZ)])
     assert [transcript.error for transcript in found] == [None] * 5
     assert [transcript.text for transcript in found[:3]] == ["", "", ""]
@@ -144,7 +144,7 @@ def test_no_items(transcriber):
 
 
 def test_stream_comes_window_by_window(transcriber, clips, expected, monkeypatch):
-    """What is decoded so far is given before more is read, so that memory does not grow with the list."""
+    """What has been decoded is yielded before more is read, so that memory does not grow with the list."""
     monkeypatch.setattr(module, "WINDOW_AUDIO_S", 6.0)
     read = []
 
