@@ -129,9 +129,10 @@ def connect(url: str, options: StorageOptions = DEFAULT_OPTIONS) -> tuple[fsspec
     arguments = options.for_s3() if scheme in S3_SCHEMES else {"use_listings_cache": False}
     try:
         fs = fsspec.filesystem(scheme, **arguments)
-    except (ImportError, ValueError) as error:
+    except (ImportError, ValueError, TypeError, OSError) as error:  # some need more than a URL, or connect at once
+        reason = str(error).partition("\n")[0][:300]
         raise ConfigError(
-            f"{scrub(url)}: no storage for the scheme {scheme!r} ({error}); use s3:// or a path"
+            f"{scrub(url)}: no storage for the scheme {scheme!r} ({reason}); use s3:// or a path"
         ) from error
     if scheme in S3_SCHEMES:
         fs.retries = 1  # s3fs retries without jitter, and in two nested loops; `storage_call` does it once

@@ -466,10 +466,10 @@ def test_a_planned_parquet_file_that_breaks_later_gets_no_row_of_its_own(storage
     whole = sink.getvalue().to_pybytes()
 
     def added() -> list[str]:
-        generations = list_generations(storage)
+        generations, options = list_generations(storage), PlanOptions(storage=source.options)
         with (
             scan_input(InputOptions(source.url, storage=source.options)) as scan,
-            plan_shards(scan.batches(), PlanOptions(), stored_items(storage), len(generations)) as plan,
+            plan_shards(scan.batches(), options, stored_items(storage), len(generations)) as plan,
         ):
             before = {row["id"] for row in all_rows(storage)}
             if plan.shards:

@@ -437,3 +437,9 @@ def test_a_link_counts_where_its_folder_is_hidden_or_no_match_of_the_glob(tmp_pa
     for pattern, expected in cases.items():
         names = [name for batch in list_files(Storage(str(tmp_path)), pattern) for name in batch["name"].to_pylist()]
         assert sorted(name for name in names if not name.startswith(".store/")) == expected, pattern
+
+
+@pytest.mark.parametrize("url", ["nosuch://a/b", "github://owner/repository", "hdfs://nowhere/a"])
+def test_a_scheme_that_cannot_be_reached_by_a_url_alone_is_refused(url):
+    with pytest.raises(ConfigError, match=r"no storage for the scheme '\w+'.*; use s3:// or a path"):
+        Storage(url).exists("a")
