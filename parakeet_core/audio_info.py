@@ -39,7 +39,7 @@ class Header:
     Args:
         container: short name, such as "WAV", "FLAC", "MP4".
         sample_rate_hz, channels: as declared, unchecked.
-        declared_bytes, present_bytes: payload as declared, and as present in the file; None for streamed files.
+        declared_bytes, present_bytes: payload as declared, and as present in the file; None if nothing is missing.
         cut: what shows that the file once continued after its last byte.
         max_frames: the bytes cannot hold more frames than this.
         mpeg_at: where the frames of an mp3 inside a wav begin.

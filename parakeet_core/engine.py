@@ -26,9 +26,9 @@ from parakeet_core.quantised import quantise_linears
 from parakeet_core.words import Tokens
 
 # An item of up to MAX_PASS_FRAMES goes through the model in one pass, equal to the reference. Published checkpoints
-# were trained with positions up to 5000 encoder frames (400 s), and attention's memory grows with the square of the
-# length: 0.9 GB at 300 s with 8 heads in float32. Longer items are cut into windows; each window also sees
-# CONTEXT_FRAMES on both sides but yields only its own frames.
+# were trained with positions up to 5000 encoder frames (400 s), and attention's work grows with the square of the
+# length. Longer items are cut into windows; each window also sees CONTEXT_FRAMES on both sides but yields only its own
+# frames.
 MAX_PASS_FRAMES = 30_000  # feature frames, 300 s
 WINDOW_FRAMES = 6_144  # feature frames, 61 s, that one window yields; whole encoder frames at any subsampling factor
 CONTEXT_FRAMES = 1_024  # feature frames, 10 s, that it also sees on each side

@@ -115,9 +115,9 @@ class TiledSubsampling(nn.Module):
     """`Subsampling` with channels last: [B, T, M] -> [B, U, D].
 
     On the CPU it runs item by item, each at its own length, in tiles of time. The first convolution's output is C times
-    M / 2 numbers a frame, 40 MB for ten seconds at the true width; that of a tile stays in the cache, and needs no
-    mask. A tile includes `halo` more encoder frames on each side: their states are wrong, since the convolutions pad
-    the tile with zeros, and are cut off.
+    M / 2 numbers for two feature frames, 20 MB for ten seconds at the true width in float32; that of a tile stays in
+    the cache, and needs no mask. A tile includes `halo` more encoder frames on each side: their states are wrong, since
+    the convolutions pad the tile with zeros, and are cut off.
     """
 
     def __init__(self, plain: Subsampling, config: EncoderConfig):
@@ -206,7 +206,7 @@ class Positions(NamedTuple):
     def window(self, distances: slice) -> "Positions":
         """The tables for some distances, followed by columns of zeros if the device needs aligned rows.
 
-        Without the zeros they are 2U - 1 columns, which may begin anywhere in the table.
+        Without the zeros a window may begin anywhere in the table and have any number of columns.
         """
         window = Positions(self.projected[..., distances], self.scores[..., distances])
         multiple = row_multiple(self.projected.device)

@@ -5,7 +5,7 @@
 On the CPU: a sweep over batch sizes at 10 s and the real length mix, in float32, in bfloat16 and, if `--dtype` asks for
 it, in int8 beside transformers in bfloat16. With CUDA: RTFx, share of the measured matrix peak, memory and padding,
 beside transformers eager and compiled. Needs only torch, transformers, numpy, safetensors and sentencepiece. `--quick`
-runs 4 layers on the CPU and one model on CUDA.
+runs 4 layers on the CPU, and fewer batch sizes and lengths on CUDA.
 """
 
 import dataclasses
@@ -25,6 +25,7 @@ from parakeet_core.engine import Engine
 
 MODELS = {"0.6b": EncoderConfig(), "1.1b": EncoderConfig(n_layers=42)}  # sizes of nvidia/parakeet-ctc-*
 CLIP_FRAMES = 1000  # 10 s
+HOUR_FRAMES = 360_000
 CPU_BATCHES = (1, 2, 4, 8)
 CUDA_BATCHES = (1, 16, 64, 256)
 MIX_BATCHES = (1, 4, 8)  # of transformers on the length mix, sorted by length
@@ -247,6 +248,10 @@ def _mix_cuda(name: str, config: EncoderConfig, reference, checkpoint, dtype: st
     rows = [[key, audio_s / seconds[key], paddings[key]] for key in runs]
     where = f"features on the host, cuDNN {torch.backends.cudnn.version()}"
     print_table(f"{name}, {dtype}, {len(lens)} lengths of real speech, {where}", ["what", "RTFx", "padding"], rows)
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    hours = harness.random_features([HOUR_FRAMES], config.n_mels) * 4
+    seconds = race({"hours": _engine_run(engine, hours, None)}, 2, "cuda")["hours"]
+    print(f"\nfour items of an hour, in windows: RTFx {len(hours) * 3600 / seconds:,.0f}")
 
 
 if __name__ == "__main__":
