@@ -25,11 +25,11 @@ class StageClock:
     features_s: float = 0.0
     model_s: float = 0.0
     write_s: float = 0.0
-    feature_worker: str = ""  # which processes did it, to count how many work
+    feature_worker: str = ""  # which process did it, to count the workers
     model_worker: str = ""
     feature_worker_again: bool = False  # whether Ray started it again after its process or node was lost
     model_worker_again: bool = False
-    not_compiled: str = ""  # why the model ran uncompiled where it was to be compiled
+    not_compiled: str = ""  # why the model ran uncompiled although it was to be compiled
 
     def timed(self, step: str, call: Callable, *arguments):
         """Call, and add its wall time to `step`."""
@@ -45,7 +45,7 @@ class StageClock:
 
 
 def worker_name() -> str:
-    """This process among those of the cluster."""
+    """The name of this process within the cluster."""
     return f"{platform.node()}:{os.getpid()}"
 
 

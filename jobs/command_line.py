@@ -1,4 +1,4 @@
-"""How the command of a job ends: its exit status, and one line of why on standard error. Knows nothing of Ray."""
+"""How the command of a job ends: its exit status, and a one-line reason on standard error. Knows nothing of Ray."""
 
 import os
 import signal
@@ -12,14 +12,14 @@ EXIT_STOPPED, EXIT_REFUSED = 1, 2
 
 
 class JobStoppedError(ParakeetError):
-    """The job ended before its work was done; what is committed stays, and the message says how to go on."""
+    """The job ended before its work was done; what is committed stays, and the message says how to continue."""
 
 
 def exit_status(work: Callable[[], int], resume_hint: str = "run the same command again") -> int:
-    """What `work` returns; where it fails, the reason in one line and the status for that.
+    """What `work` returns; if it fails, print the reason in one line and return the status for that failure.
 
     Args:
-        resume_hint: how to go on after failures that may pass.
+        resume_hint: how to continue after failures that may be temporary.
     """
     try:
         return work()
@@ -36,9 +36,10 @@ def exit_status(work: Callable[[], int], resume_hint: str = "run the same comman
 
 
 def interrupt_on_sigterm(notice: str) -> None:
-    """SIGTERM, as a spot node's notice or `ray job stop` sends it, ends the command as an interrupt does.
+    """Make SIGTERM, which comes with a spot node's notice or from `ray job stop`, end the command as an interrupt does.
 
-    The notice comes first: `ray job stop` kills after 3 s. By `os.write`, because `print` may be what was interrupted.
+    `notice` is printed first, because `ray job stop` kills after 3 s; by `os.write`, because `print` may be what was
+    interrupted.
     """
 
     def stop(signal_number: int, frame) -> None:

@@ -2,19 +2,20 @@
 
 What a plain reader of a folder sees, at every moment and after a kill at any moment:
 
-- Without --replace nothing in OUTPUT/transcripts/ changes. A copy of the table comes under
-  OUTPUT/compacted/<version>/; it is whole once OUTPUT/compacted/<version>.json is there, which is written last.
-- With --replace on a local disk of Linux, the new transcripts/ is made beside the old one, and the two change places in
-  one step: each listing is of the old files or of the new. Who has listed the old ones and opens them later finds them
-  gone, and has to list again.
-- With --replace on an object store, which has no such step, file after file is put, and then the parts it holds are
-  removed. In between, for about as long as the two requests take, or from a kill until the next run of this command,
-  the rows of that one file are there twice. None is ever missing from the store; but from a listing of several requests
-  (1000 names each) that begins before the put and ends after the removal. Who cannot bear that reads the copy.
+- Without --replace, nothing in OUTPUT/transcripts/ changes. A copy of the table is written under
+  OUTPUT/compacted/<version>/; it is whole once OUTPUT/compacted/<version>.json exists, which is written last.
+- With --replace on a local disk of Linux, the new transcripts/ is made beside the old one, and the two are swapped in
+  one step: each listing shows either the old files or the new. A reader that has listed the old files and opens them
+  after the swap finds them gone, and has to list again.
+- With --replace on an object store, which has no such step, each merged file is put, and then the parts that it holds
+  are removed. In between, for about as long as the two requests take, or from a kill until the next run of this
+  command, the rows of that one file are there twice. None is ever missing from the store, but a listing of several
+  requests (1000 names each) misses rows if it begins before the put and ends after the removal. A reader that cannot
+  tolerate this should use the copy.
 
-The table must be complete. Rerun, the command goes on where it was stopped; run again after that, it does nothing. A
-later run of the job takes the merged files for the shards that they hold. Parts with errors that `--retry-errors` may
-mend stay as they are, so that it can.
+The table must be complete. After a stop, the same command continues where it was; run again after that, it does
+nothing. A later run of the job accepts the merged files in place of the shards that they hold. Parts with errors that
+`--retry-errors` may clear are left as they are, so that it still can.
 """
 
 import hashlib
@@ -45,7 +46,7 @@ from jobs.table.shard_names import pack_shards, unpack_shards
 from parakeet_core.errors import RETRYABLE_KINDS, ConfigError, ErrorKind, InputError
 
 COMPACTED_FOLDER = "compacted"
-REMOVAL_PROBE = ".removal-probe"  # never there: object stores answer its removal by what the caller may do
+REMOVAL_PROBE = ".removal-probe"  # never exists: a store's answer to its removal shows the caller's rights
 VERSION_DIGITS = 12
 MEBIBYTE = 1 << 20
 
@@ -57,9 +58,9 @@ class CompactConfig(StorageConfig):
     output: str
     """The --output of the job: a path or URL."""
     target_mb: float = 256.0
-    """MiB of a merged file. Parts are merged until they reach it, so none is above 1.5 times of it."""
+    """MiB of a merged file. Parts are merged until they reach it, so no file exceeds 1.5 times this size."""
     replace: bool = False
-    """Change OUTPUT/transcripts/ itself; default: write a merged copy under OUTPUT/compacted/."""
+    """Change OUTPUT/transcripts/ itself; default is to write a merged copy under OUTPUT/compacted/."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -79,7 +80,7 @@ class TableFile:
 
     @property
     def origin(self) -> dict[str, str]:
-        """What its metadata says besides its own shards and counts: files are merged if they say the same."""
+        """Its metadata without its own shards and counts: only files for which this is equal are merged."""
         own = ("shard", "shards", "facts", "schema_version")
         found = {key.decode(): value.decode() for key, value in self.footer.metadata.items()}
         named = {key.removeprefix(METADATA_PREFIX): text for key, text in found.items() if METADATA_PREFIX in key}
@@ -88,7 +89,7 @@ class TableFile:
 
 @dataclass(frozen=True)
 class Compaction:
-    """What was done. `folder` is where the table of `files` files lies; `merged` were written."""
+    """What was done: `folder` holds the table, which has `files` files; `merged` merged files were written."""
 
     folder: str
     files: int
@@ -100,13 +101,13 @@ def compact(config: CompactConfig) -> Compaction:
 
     Raises:
         ConfigError: the output holds no complete table.
-        InputError: the storage failed; what is done stays, and the next run goes on.
+        InputError: the storage failed; what is done stays, and the next run continues from there.
     """
     output = Storage(config.output, config.storage())
     if not (config.replace and output.is_local and output.exists(JOB_FILE)):
         return _compact(config, output)
     with try_lock(output.path(JOB_FILE)) as alone:
-        if not alone:  # one would take the other's old folder for its new one
+        if not alone:  # one would mistake the other's old folder for its new one
             raise ConfigError(f"{output.url}: another --replace is at work on this output")
         return _compact(config, output)
 
@@ -127,7 +128,7 @@ def _compact(config: CompactConfig, output: Storage) -> Compaction:
         merged += done
         if done:
             events.add("compact", version=version, replace=config.replace, merged=done, parts=sum(map(len, groups)))
-        if not (config.replace and done):  # what was merged can be small again: rows together take less than apart
+        if not (config.replace and done):  # merged files can still be small: rows take less space together
             break
     events.flush()
     folder = TABLE_FOLDER if config.replace else f"{COMPACTED_FOLDER}/{version}"
@@ -157,7 +158,7 @@ def _table_files(output: Storage, fingerprint: str, planned: set[str]) -> list[T
 
 
 def choose_groups(files: Sequence[TableFile], target_bytes: int) -> list[list[TableFile]]:
-    """Which small files become one: neighbours in the order of shards, of one origin, until they reach the target."""
+    """Which small files become one: neighbours in shard order with the same origin, until they reach the target."""
     small = [f for f in files if f.footer.size_bytes < target_bytes / 2]
     small = [f for f in small if RETRYABLE_KINDS.isdisjoint(f.footer.facts.errors_by_kind)]
     groups: dict[str, list[list[TableFile]]] = {}
@@ -170,7 +171,7 @@ def choose_groups(files: Sequence[TableFile], target_bytes: int) -> list[list[Ta
 
 
 def _version(files: Sequence[TableFile], groups: Sequence[Sequence[TableFile]]) -> str:
-    """A name for what the merging will give: the same for the same files and groups."""
+    """A name for the result of the merging: the same for the same files and groups."""
     names = [[file.name for file in group] for group in groups]
     facts = [(file.name, file.footer.size_bytes, vars(file.footer.facts)) for file in files]
     return hashlib.sha256(json.dumps([names, facts]).encode()).hexdigest()[:VERSION_DIGITS]
@@ -208,7 +209,7 @@ def _write_merged(output: Storage, group: Sequence[TableFile], name: str) -> Non
 def _write_copy(
     output: Storage, files: Sequence[TableFile], groups: list[list[TableFile]], version: str, fingerprint: str
 ) -> int:
-    """The table under compacted/<version>/, and its JSON file at last; the number of files that were merged now."""
+    """Write the table under compacted/<version>/, then its JSON file; returns how many files were merged now."""
     folder = f"{COMPACTED_FOLDER}/{version}"
     if output.exists(f"{folder}.json"):
         return 0
@@ -235,7 +236,7 @@ def _untouched(files: Iterable[TableFile], groups: Iterable[Iterable[TableFile]]
 def _replace(
     output: Storage, files: Sequence[TableFile], groups: list[list[TableFile]], version: str, fingerprint: str
 ) -> int:
-    """Put merged files in the place of their parts; returns how many."""
+    """Replace parts with merged files; returns the number of merged files."""
     beside = f"{TEMPORARY_FOLDER}/compact-{version}"
     _drop_folders(output, but=beside)
     names = {merged_name(group, fingerprint): group for group in groups}
@@ -256,7 +257,7 @@ def _replace(
 
 
 def _finish_earlier(output: Storage) -> None:
-    """Do what a replacement that was stopped left undone; a job that comes to it refuses to run."""
+    """Finish a replacement that was stopped; until then a job on this output refuses to run."""
     planned = set(read_plan(output, list_generations(output))["shard"].to_pylist())
     committed = find_committed(output, recorded_fingerprint(output) or "", planned)
     if committed.doubled:
@@ -267,7 +268,7 @@ def _finish_earlier(output: Storage) -> None:
 
 
 def _folders_beside(output: Storage) -> list[Path]:
-    """What replacements have made beside transcripts/: not yet in its place, or no longer."""
+    """Folders that replacements made beside transcripts/: a new one before the swap, or the old one after it."""
     return list(Path(output.path(TEMPORARY_FOLDER)).glob("compact-*")) if output.is_local else []
 
 
@@ -278,7 +279,7 @@ def _drop_folders(output: Storage, but: str = "") -> None:
 
 
 def _check_removal(output: Storage) -> None:
-    """Refuse who may put files of the table but not remove them, before the rows of one stand twice."""
+    """Refuse a caller who may put files but not remove them, before the rows of a merged file are there twice."""
     try:
         output.delete(f"{TABLE_FOLDER}/{REMOVAL_PROBE}")
     except InputError as error:
@@ -300,7 +301,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _main(arguments: Sequence[str] | None) -> int:
     try:
         done = compact(tyro.cli(CompactConfig, args=arguments, prog="python -m jobs.compact"))
-    except OSError as error:  # of the local disk that parts are sorted on
+    except OSError as error:  # from the local disk on which parts are sorted
         raise JobStoppedError(f"{error}; give TMPDIR more room and run the same command again") from error
     said = f"{done.merged} files made of small parts" if done.merged else "nothing to do"
     print(f"{said}; the table is {done.files} files in {done.folder}")

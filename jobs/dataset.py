@@ -13,7 +13,7 @@ from jobs.table.schema import WORD_TYPE, round_words
 from parakeet_core.errors import ErrorKind, InputError
 from parakeet_core.transcriber import Transcriber, Transcript
 
-BATCH_ROWS = 64  # enough clips to form batches of like length, few enough that a lost actor costs little
+BATCH_ROWS = 64  # enough clips to form batches of similar length, few enough that a lost actor costs little
 COLUMNS = {
     "status": pa.string(),
     "text": pa.string(),
@@ -40,14 +40,14 @@ def transcribe_dataset(
 
     Args:
         audio_column: encoded audio as bytes, or the Hugging Face form `{bytes, path}`.
-        model, device, dtype: as the job's options.
+        model, device, dtype: as the options of the job.
         actors: fewest and most; each takes one CPU, and one GPU on cuda.
-        batch_rows: rows that an actor takes at a time.
+        batch_rows: rows that an actor processes at a time.
 
     Returns:
-        The dataset with the columns of `COLUMNS`, in the place of those that have these names: rename a reference that
-        is called `text` before. A row whose audio cannot be decoded has status "error" and why. Rows are neither
-        dropped nor added. Unlike the job, nothing here is committed or resumed.
+        The dataset with the columns of `COLUMNS`, which replace any columns of the same names: if your reference column
+        is called `text`, rename it first. A row whose audio cannot be decoded has status "error" and the reason. Rows
+        are neither dropped nor added. Unlike in the job, nothing is committed or resumed.
 
     Raises:
         CheckpointError: the model cannot be used.
@@ -87,7 +87,7 @@ class _TranscribeColumn:
 
 
 def _encoded(value: object) -> bytes | None:
-    """The bytes of a cell. A path in it is not opened: a dataset of others must not choose files of the worker."""
+    """The bytes of a cell. A path in it is not opened: a dataset must not choose files of the worker."""
     if isinstance(value, dict):
         value = value.get("bytes")
     return value if isinstance(value, bytes) else None

@@ -1,6 +1,6 @@
-"""A run of the job on paper: shards over feature actors and GPUs that come, work and are lost.
+"""A simulated run of the job: shards pass through feature actors and GPUs that start, work and are lost.
 
-    shards in their order -> feature actors -> features that wait -> model actors -> committed
+    shards in order -> feature actors -> waiting features -> model actors -> committed
 
 A discrete-event simulation. Knows nothing of Ray, storage or prices.
 """
@@ -24,13 +24,13 @@ class Fleet:
 
     Attributes:
         models: model actors, each on a node of its own that can be lost.
-        model_rtfx: seconds of audio per second and model actor.
-        features: feature actors; 0: the model actors do all, `model_rtfx` is of the whole chain.
-        feature_rtfx: seconds of audio per second and feature actor.
+        model_rtfx: seconds of audio that a model actor processes per second.
+        features: feature actors; with 0 the model actors do everything, and `model_rtfx` is for the whole chain.
+        feature_rtfx: seconds of audio that a feature actor processes per second.
         shard_s: seconds of a shard that do not depend on its length.
-        start_s: from asking for a node to an actor that works, at the begin and after each loss.
+        start_s: from requesting a node to a working actor, at the beginning and after each loss.
         losses_per_hour: of one model node.
-        seed: of the losses.
+        seed: for the random times of the losses.
     """
 
     models: int
@@ -45,14 +45,14 @@ class Fleet:
 
 @dataclass(frozen=True)
 class FleetRun:
-    """What became of it.
+    """The result of a simulated run.
 
     Attributes:
-        wall_s: from the begin of the start-up to the last commit.
-        model_hours, feature_hours: that are paid for: start-up, work and waiting.
-        busy_hours: of the model actors, work that was lost included.
-        idle_share: of the time in which model actors were up.
-        losses: of nodes. lost_s: seconds of work that were done in vain.
+        wall_s: from the beginning of the start-up to the last commit.
+        model_hours, feature_hours: hours that are paid for: start-up, work and waiting.
+        busy_hours: of the model actors, including work that was lost.
+        idle_share: idle part of the time in which model actors were up.
+        losses: nodes lost. lost_s: seconds of work lost with them.
         shards: committed by each model actor.
     """
 
@@ -67,10 +67,10 @@ class FleetRun:
 
 
 def simulate_run(shard_audio_s: Sequence[float] | np.ndarray, fleet: Fleet) -> FleetRun:
-    """Let a fleet do shards, in their order.
+    """Let a fleet process shards, in order.
 
     Raises:
-        ConfigError: a shard is lost more often than the job lets it be.
+        ConfigError: a shard is lost more often than the job allows.
     """
     simulation = _Simulation(np.asarray(shard_audio_s, np.float64), fleet)
     simulation.run()
@@ -84,9 +84,9 @@ class _Simulation:
         self.feature_s = (audio_s / fleet.feature_rtfx).tolist()
         self.now, self.committed = 0.0, 0
         self.order = itertools.count()
-        self.events: list[tuple[float, int, Callable, int, int]] = []  # time, order of entry, what, of whom, epoch
+        self.events: list[tuple[float, int, Callable, int, int]] = []  # time, order, handler, model or shard, epoch
         self.to_prepare = deque(range(len(audio_s)) if fleet.features else ())
-        self.waiting = deque(() if fleet.features else range(len(audio_s)))  # shards whose features are there
+        self.waiting = deque(() if fleet.features else range(len(audio_s)))  # shards whose features are ready
         self.preparing, self.room = 0, TASKS_PER_ACTOR * fleet.models + fleet.features
         self.shard: list[int | None] = [None] * fleet.models
         self.began, self.epoch = [0.0] * fleet.models, [0] * fleet.models
@@ -107,7 +107,7 @@ class _Simulation:
         heapq.heappush(self.events, (time_s, next(self.order), handle, who, epoch))
 
     def _features_start(self, _who: int, _epoch: int) -> None:
-        """Give free feature actors their next shards, while there is room for what they make."""
+        """Give free feature actors their next shards, while there is room for their results."""
         while (
             self.to_prepare and self.preparing < self.fleet.features and self.preparing + len(self.waiting) < self.room
         ):
@@ -144,7 +144,7 @@ class _Simulation:
 
     def _model_done(self, model: int, epoch: int) -> None:
         if epoch != self.epoch[model]:
-            return  # the node was lost before
+            return  # the node was lost in the meantime
         self.busy_s += self.now - self.began[model]
         self.shard[model] = None
         self.done[model] += 1

@@ -1,8 +1,8 @@
 """What a large run will take, before anyone pays for it: `python -m jobs.forecast --hours 100000 --rtfx 2000 --gpus 8`.
 
-From hours, lengths, speeds, losses and prices: shards, parts, storage requests, listing time, driver memory, GPU idle
-time, work lost with spot nodes, wall time, cost. It opens no storage and starts no Ray. Shards are counted by the rules
-of `jobs.planning.shards`; the run is a discrete-event simulation (`jobs.fleet`).
+From hours, lengths, speeds, losses and prices it computes shards, parts, storage requests, listing time, driver memory,
+GPU idle time, work lost with spot nodes, wall time and cost. It opens no storage and starts no Ray. Shards are counted
+by the rules of `jobs.planning.shards`; the run is a discrete-event simulation (`jobs.fleet`).
 """
 
 import math
@@ -26,17 +26,17 @@ from jobs.sources.reader import STREAM_BLOCK_BYTES
 from parakeet_core.errors import ConfigError
 
 PAGE_KEYS = 1000  # names in one answer to a list request
-PAGE_S = 0.15  # seconds for it on S3; 0.1 to 0.3 are usual
-PLAN_ROWS_PER_S = 15_000  # plan and store, on one core: tests/jobs/plan_synthetic.py
+PAGE_S = 0.15  # seconds for such an answer on S3; 0.1 to 0.3 are usual
+PLAN_ROWS_PER_S = 15_000  # planned and stored, on one core: tests/jobs/plan_synthetic.py
 DRIVER_BYTES = 400e6  # with Ray, before any plan: tests/bench/bench_job.py
 PLAN_ROW_BYTES = 120  # of driver memory at its peak: tests/jobs/plan_synthetic.py
-SHARD_DRIVER_BYTES = 14_000  # of driver memory: Ray Data's books for one block, measured with 500 and 4,000
-SHARD_S = 0.015  # of Ray's scheduling, for one block through the pipeline
+SHARD_DRIVER_BYTES = 14_000  # of driver memory: Ray Data's bookkeeping for one block, measured with 500 and 4,000
+SHARD_S = 0.015  # of Ray's scheduling, for one block's way through the pipeline
 TABLE_BYTES_PER_S = 107  # of parts for each second of speech: 2.6 words a second with times and confidences
-READS_PER_FILE = 2  # of one that is opened for a piece of it: its size, and the piece
+READS_PER_FILE = 2  # requests for a file of which a piece is read: one for its size, one for the piece
 COMPACTED_BYTES = 256 << 20  # of a file, once parts are merged
 PRICES = {"gpu_hour_price", "cpu_hour_price", "price_per_1000_gets", "price_per_1000_puts"}
-MAY_BE_0 = PRICES | {"losses_per_hour", "start_s", "seed"}  # all other options are above it
+MAY_BE_0 = PRICES | {"losses_per_hour", "start_s", "seed"}  # all other options must be above 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,35 +46,35 @@ class ForecastConfig:
     hours: float
     """Hours of audio."""
     item_s: float = 10.0
-    """Mean seconds of an item."""
+    """Mean length of an item in seconds."""
     bytes_per_s: float = 17_000.0
-    """Of the stored audio; 17,000: FLAC of 16 kHz speech."""
+    """Bytes per second of the stored audio; 17,000 is FLAC of 16 kHz speech."""
     tar_mb: float | None = None
-    """Items are packed in WebDataset tars of this size; default: each item is a file of its own."""
+    """MB of each WebDataset tar that items are packed in; default is one file per item."""
     shard_audio_s: float | None = None
-    """As for the job."""
+    """Seconds of audio per shard, as for the job."""
     gpus: int = 8
-    """GPUs, one model actor and one node each."""
+    """Number of GPUs, each with one model actor and a node of its own."""
     rtfx: float
-    """Seconds of audio per second and GPU."""
+    """Seconds of audio that one GPU processes per second."""
     feature_actors: int | None = None
-    """CPU actors; default as many as keep the GPUs busy."""
+    """Number of CPU actors; default is as many as keep the GPUs busy."""
     feature_rtfx: float = 600.0
-    """Seconds of audio per second and CPU actor."""
+    """Seconds of audio that one CPU actor processes per second."""
     losses_per_hour: float = 0.05
-    """Spot losses of one GPU node in an hour."""
+    """Expected losses of one GPU node per hour, as spot nodes have them."""
     start_s: float = 300.0
-    """From asking for a GPU node to a loaded model."""
+    """Seconds from requesting a GPU node to a loaded model."""
     gpu_hour_price: float = 0.0
-    """Of one GPU node, any currency."""
+    """Price of one hour of a GPU node, in any currency."""
     cpu_hour_price: float = 0.0
-    """Of one CPU."""
+    """Price of one CPU hour."""
     price_per_1000_gets: float = 0.0004
-    """Of storage, for reads; S3 in USD."""
+    """Price of 1000 read requests to storage; the default is that of S3 in USD."""
     price_per_1000_puts: float = 0.005
-    """Of storage, for writes and lists; S3 in USD."""
+    """Price of 1000 write or list requests to storage; the default is that of S3 in USD."""
     seed: int = 0
-    """Of the losses."""
+    """Seed for the random times of the losses."""
 
     def __post_init__(self):
         for name, value in vars(self).items():
@@ -97,7 +97,7 @@ class ForecastConfig:
 
 @dataclass(frozen=True)
 class PlanForecast:
-    """The plan, and what storage is asked for. Files are what the listing shows: items, or tars."""
+    """The plan, and its demands on storage and the driver. Files are what the listing shows: items, or tars."""
 
     items: int
     files: int
@@ -111,7 +111,7 @@ class PlanForecast:
 
     @property
     def driver_bytes(self) -> float:
-        """Peak memory of the driver: planning comes before the run, and its memory goes back."""
+        """Peak memory of the driver: planning comes before the run, and its memory is freed."""
         return DRIVER_BYTES + max(self.files * PLAN_ROW_BYTES, self.shards * SHARD_DRIVER_BYTES)
 
     @property
@@ -139,7 +139,7 @@ def forecast_plan(config: ForecastConfig) -> PlanForecast:
 
 
 def count_requests(plan: PlanForecast, config: ForecastConfig, wall_s: float) -> dict[str, int]:
-    """Requests of one undisturbed run, by what they are for; a few dozen more are the same for every run.
+    """Requests of one undisturbed run, by purpose; a few dozen more are the same for every run.
 
     Keys begin with the kind that S3 charges for: `get`, `put` or `list`.
     """

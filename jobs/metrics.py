@@ -3,7 +3,7 @@
 The driver counts, from the results of committed shards, so a shard that was computed twice counts once. Ray serves the
 numbers on the metrics port of the driver's node, with `ray_` in front of each name, every 10 s
 (`metrics_report_interval_ms`) and when the driver ends. A scraper may miss the end; the receipt has the exact sums.
-Ray counts buckets only: the `_sum` of a histogram is made of the buckets' midpoints.
+Ray counts buckets only: it computes the `_sum` of a histogram from the buckets' midpoints.
 """
 
 from ray.util.metrics import Counter, Gauge, Histogram
@@ -18,7 +18,7 @@ class JobMetrics:
     """Counters of one run. Needs a Ray session.
 
     Args:
-        shards: to do in this run.
+        shards: number of shards to do in this run.
     """
 
     def __init__(self, shards: int):
@@ -34,7 +34,7 @@ class JobMetrics:
         self._queue.set(shards)
 
     def update(self, facts: PartFacts, result: dict, model_idle_share: float) -> None:
-        """Count one committed shard; `result` is what `CommitShards` returns of it."""
+        """Count one committed shard; `result` is what `CommitShards` returns for it."""
         self._left -= 1
         self._queue.set(self._left)
         self._idle.set(model_idle_share)

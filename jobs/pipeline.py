@@ -2,9 +2,9 @@
 
     todo shards -> PrepareShards (CPU actors) -> RecogniseShards (GPU actors) -> CommitShards (CPU) -> results
 
-Without a GPU one actor per CPU runs the three stages in turn (`ChainedStages`), unless the feature pool is sized by the
-user: nothing has to wait for anything else there, no bytes go through the object store, and fewer processes start. How
-many actors there are and what they may take, `resources.py` says.
+Without a GPU, unless the user sets the size of the feature pool, one actor per CPU runs the three stages in turn
+(`ChainedStages`): no stage waits for another, no bytes go through Ray's object store, and fewer processes start.
+`resources.py` decides how many actors there are and what they may take.
 """
 
 from collections.abc import Iterator
@@ -20,11 +20,12 @@ from jobs.stages import TASKS_PER_ACTOR, ChainedStages, CommitShards, PrepareSha
 from jobs.storage.connections import StorageOptions
 from jobs.storage.files import Storage
 
-GPU_CALLS = 2  # shards in a GPU's actor at a time: the device works on one while the host packs or unpacks the other
+GPU_CALLS = 2  # shards at a time in a GPU's actor: the device works on one while the host packs or unpacks the other
 MODELS_PER_COMMIT_ACTOR = 8  # text and Parquet of one shard take about 1 % of the model's time on a CPU
-# Of one shard; the second of two budgets. An item that ends its worker costs one of these, and with the next try it is
-# a row of the first budget, --max-error-rate (reading/isolation.py). The others are for what no item is to blame for:
-# spot nodes take few shards twice, and a shard that lost six workers meets what stays: too little memory, a defect.
+# Of one shard; the second of two budgets. An item that ends its worker costs one of these retries; on the next try it
+# becomes an error row, which counts in the first budget, --max-error-rate (reading/isolation.py). The other retries are
+# for failures that no item causes: few shards lose a spot node twice, and a shard that has lost six workers has met a
+# cause that stays, such as too little memory or a defect.
 LOST_WORKER_RETRIES = 5
 
 
@@ -79,14 +80,14 @@ def run_shards(
 def _pool(size: PoolSize, cpus: float, memory: int, calls: int = 1, start: int | None = None) -> dict:
     """Arguments of `map_batches` for a stage whose actors work on `calls` shards at a time, and have as many waiting.
 
-    With fewer waiting the pool would not grow: Ray Data adds an actor when there are 1.75 times as many shards in the
-    actors as these work on (`actor_pool_util_upscaling_threshold`).
+    With fewer waiting the pool would not grow: Ray Data adds an actor when the actors hold 1.75 times as many shards as
+    they work on (`actor_pool_util_upscaling_threshold`).
 
     Args:
-        start: actors to begin with, the fewest by default.
+        start: actors to begin with; by default the smallest size of the pool.
     """
     return {
-        "batch_size": 1,  # a shard, which is the block's only row; with GPUs Ray Data wants to be told
+        "batch_size": 1,  # a shard, which is the block's only row; with GPUs Ray Data requires a size
         "batch_format": "pyarrow",
         "zero_copy_batch": True,
         "num_cpus": cpus,

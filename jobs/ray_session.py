@@ -21,16 +21,16 @@ from parakeet_core.errors import ConfigError, WorkerError
 RAY_ADDRESS = "RAY_ADDRESS"  # set by `ray job submit` for the job's entry point
 HEAD_PATIENCE_S = 15.0  # for the port of a cluster's head to open; a head that is starting takes 7 to 14 s
 CONNECT_S = 5.0  # for one try
-LOCAL = "local"  # Ray's word for a cluster of this process's own
-# Ray's own tries to reach a head: 20 of 35 s, in silence. One is enough for what listens but is no head, as the port of
-# the dashboard, and for the head that "auto" remembers and that is gone.
+LOCAL = "local"  # Ray's word for a new cluster of this process's own
+# By default Ray tries 20 times, for 35 s each and silently, to reach a head. One try is enough for something that
+# listens but is no head, such as the dashboard's port, and for a head that "auto" remembers but that is gone.
 JOIN_TRIES = "RAY_gcs_server_port_wait_time_s", "1"
 _RAISED = re.compile(r"^[A-Za-z_][\w.]*: .+$", re.MULTILINE)  # the line of a traceback that names the exception
 
 
 @contextmanager
 def ray_session(address: str | None) -> Iterator[dict[str, float]]:
-    """Ray for the length of the block: the session that runs already, the cluster at `address`, or a new local one.
+    """Ray for the length of the block: a session already running, the cluster at `address`, or a new local one.
 
     A local cluster that happens to run on this machine is not joined unless it is asked for.
 
@@ -55,7 +55,7 @@ def ray_session(address: str | None) -> Iterator[dict[str, float]]:
 
 
 def starts_alone(address: str | None) -> bool:
-    """Whether `ray_session` will start a cluster of its own, which no node comes to."""
+    """Whether `ray_session` will start a cluster of its own, which no node will join."""
     return not ray.is_initialized() and _asked(address) == LOCAL
 
 
@@ -69,7 +69,7 @@ def alive_nodes() -> list[dict[str, float]]:
 
 
 def note_local_output(output: Storage, nodes: int) -> None:
-    """Say on stderr what an output on a disk needs where several nodes are to write it."""
+    """Say on stderr what is required of an output on disk that several nodes are to write."""
     if output.is_local and nodes > 1:
         print(
             f"note       {output.url} is a path, and the cluster has {nodes} nodes: it must be one folder that all of "
@@ -79,10 +79,10 @@ def note_local_output(output: Storage, nodes: int) -> None:
 
 
 def _find_head(address: str) -> None:
-    """Make sure that something listens at HOST:PORT. `ray.init` would try for a quarter of an hour, in silence."""
+    """Make sure that something listens at HOST:PORT. `ray.init` would try silently for a quarter of an hour."""
     host, _, port = address.rpartition(":")
     if not host or "/" in host or not port.isdigit():
-        return  # a word, a ray:// client's address, or what Ray will refuse
+        return  # a word, a ray:// client's address, or something that Ray will refuse
     deadline = time.monotonic() + HEAD_PATIENCE_S
     while True:
         try:
@@ -100,17 +100,17 @@ def _find_head(address: str) -> None:
 
 
 def _start(address: str) -> None:
-    """`ray.init`, and the one place where its errors are mapped: they have no type of their own.
+    """`ray.init`, and the one place where its errors are mapped: they have no types of their own.
 
-    A raylet that is not up after 30 s, a number that Ray 2.60 does not let one choose, is a bare Exception; a GCS that
-    does not answer is a RuntimeError, a cluster that cannot be joined a ConnectionError, a full disk an OSError.
+    A raylet that is not up after 30 s, a limit that cannot be changed in Ray 2.60, is a bare Exception; a GCS that does
+    not answer is a RuntimeError, a cluster that cannot be joined a ConnectionError, a full disk an OSError.
     """
     # Ray's C++ core writes advice to the driver's stderr; errors that matter come back as exceptions.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     local = {"include_dashboard": False} if address == LOCAL else {}
     try:
-        # Silent, because it would say that it has read the variable above; with its own handler of SIGTERM taken out
-        # again, because that one aborts the process in the middle of a call.
+        # Silent, because Ray would report that it has read the variable above. Its SIGTERM handler is removed again,
+        # because that one aborts the process in the middle of a call.
         with _without_stderr(), _keeping_sigterm(), nullcontext() if local else _joining_once():
             ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, **local)
     except ValueError as error:
@@ -124,24 +124,24 @@ def _start(address: str) -> None:
 
 
 def _first_sentence(error: Exception) -> str:
-    """Of what Ray says: tracebacks and the ends of log files may follow."""
+    """The first sentence of Ray's message, which tracebacks and the ends of log files may follow."""
     return str(error).strip().partition("\n")[0].partition(". ")[0].rstrip(".") or type(error).__name__
 
 
 @contextmanager
 def _keeping_sigterm() -> Iterator[None]:
-    """Put the handler of SIGTERM back that was there before the block."""
+    """Restore the SIGTERM handler that was set before the block."""
     handler = signal.getsignal(signal.SIGTERM)
     try:
         yield
     finally:
-        if threading.current_thread() is threading.main_thread():  # elsewhere Ray sets none, and none may be set
+        if threading.current_thread() is threading.main_thread():  # in others Ray sets none, and none may be set
             signal.signal(signal.SIGTERM, handler)
 
 
 @contextmanager
 def _joining_once() -> Iterator[None]:
-    """Limit Ray's tries to reach a head. Not where one is started: there the variable says how long that may take."""
+    """Limit Ray's tries to reach a head. Not for starting one: there the variable limits how long that may take."""
     name, tries = JOIN_TRIES
     stated = name in os.environ
     os.environ.setdefault(name, tries)
@@ -154,7 +154,7 @@ def _joining_once() -> Iterator[None]:
 
 @contextmanager
 def _without_stderr() -> Iterator[None]:
-    """Silence file descriptor 2, which C++ writes to past `sys.stderr`."""
+    """Silence file descriptor 2, which C++ code writes to directly, bypassing `sys.stderr`."""
     sys.stderr.flush()
     kept = os.dup(2)
     try:
@@ -172,12 +172,12 @@ def quiet_ray_data() -> None:
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-    # How often a lost shard is tried again can be said by this argument only.
+    # Only this argument can set how often a lost shard is tried again.
     warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
 
 
 def quiet_ray_train() -> None:
-    """No log lines below errors from Ray Train, and no change of its workers' folder, where paths would mean others."""
+    """No log lines below errors from Ray Train; its workers stay in their folder, so relative paths stay valid."""
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
     for name in ("RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING", "RAY_TRAIN_ENABLE_WORKER_STRUCTURED_LOGGING"):
         os.environ.setdefault(name, "0")
@@ -185,10 +185,10 @@ def quiet_ray_train() -> None:
 
 
 def root_cause(error: BaseException) -> str:
-    """What went wrong at the bottom of a chain of wrapped exceptions, in one line."""
+    """The error at the bottom of a chain of wrapped exceptions, in one line."""
     if not isinstance(error, ray.exceptions.RayError):
         return str(error).partition("\n")[0] or type(error).__name__
-    # Ray hands the exceptions of an actor over as a printed traceback, with advice of its own as the last one.
+    # Ray passes on an actor's exceptions as a printed traceback; the last one in it is Ray's own, with advice.
     raised = [found for found in _RAISED.findall(str(error)) if not found.startswith("ray.exceptions.")]
     ours = [found for found in raised if found.startswith("parakeet_core.errors.")]
     if ours:

@@ -1,7 +1,7 @@
 """How many actors run the stages, and what each asks of the cluster. Knows nothing of the graph that they form.
 
-Ray places an actor where a node has the memory that it asks for, and then lets it take more, until the node is full and
-workers are killed: what is asked for here must be what the longest shard takes.
+Ray places an actor on a node that has the memory the actor asks for, and then lets it take more, until the node is full
+and workers are killed. So what is asked for here must be what the longest shard takes.
 """
 
 import math
@@ -19,20 +19,20 @@ from parakeet_core.audio import DEFAULT_MAX_DURATION_S
 from parakeet_core.checkpoint import resolve_dtype
 from parakeet_core.errors import ConfigError
 
-# Shares of a CPU that Ray accounts for. The commit actors and the actors of a GPU take none: they must find a place
-# even when feature actors hold every CPU.
+# CPUs, as Ray accounts for them. Commit actors and GPU actors take none: they must find a place even when feature
+# actors hold every CPU.
 CHAINED_SHARE = 1.0
 FEATURE_SHARE = 1.0
-CPU_MODEL_SHARE = 0.5  # beside stated feature actors: the operating system divides the cores, backpressure the work
+CPU_MODEL_SHARE = 0.5  # beside a stated feature pool: the system divides the cores, backpressure the work
 GPU = "GPU"  # Ray's name of the resource
 
 PROCESS_BYTES = 600 << 20  # a worker with torch, pyarrow and soundfile loaded; measured 450 MiB
 READ_AHEAD_BYTES = 256 << 20  # encoded bytes that a feature actor may hold (reading.ReadLimits)
-# Of a shard's features at a time: rows, table, packed block, what the table has outgrown, and Ray's copy of the block;
-# measured 4 + 1, with tars of 3 h in either type.
+# Copies of a shard's features held at a time: rows, table, packed block, buffers that the table has outgrown, and Ray's
+# copy of the block; measured 4 + 1, with tars of 3 h in either type.
 FEATURE_COPIES = 5
 ITEM_BYTES_PER_S = 2 * 16000 * 4  # of a long item while it is decoded: float32 samples, in an array that grows
-BLOCK_BYTES = 1 << 30  # beside the longest shard's features: above what estimates miss, and its rows
+BLOCK_BYTES = 1 << 30  # in addition to the longest shard's features: more than its rows and the error of estimates
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,10 @@ class Work:
     """What is to be done, as far as the number of actors and their memory depend on it.
 
     Attributes:
-        shards: to do; more actors than shards would be idle.
-        shard_audio_s: of the longest shard of several items: usual shards, and containers of any length.
-        item_audio_s: of the longest item that is a shard of its own, as much of it as is decoded.
-        bytes_per_s: that a second of audio takes between the stages.
+        shards: number to do; more actors than shards would be idle.
+        shard_audio_s: of the longest shard with several items, that is, a usual shard or a container of any length.
+        item_audio_s: of the longest item that is a shard of its own, up to the limit to which it is decoded.
+        bytes_per_s: bytes that a second of audio takes between the stages.
         weight_bytes: of the model in the dtype it runs in.
         container: the container that is the longest shard of several items, if it is one.
     """
@@ -57,15 +57,15 @@ class Work:
 
 
 def measure_work(output: Storage, todo: pa.Table, model: ModelReference, features: str, dtype: str) -> Work:
-    """What the shards that are left ask for.
+    """What the remaining shards require.
 
     Args:
-        output: where their plan lies.
+        output: where their plan is stored.
         todo: rows of `jobs.planning.store.SHARD_SCHEMA`.
         features: "cpu" or "gpu", where they are computed.
         dtype: that the model runs in.
     """
-    # A shard longer than usual is one row of the plan. A manifest may say anything of an item's length, but none is
+    # A shard longer than usual is one row of the plan. A manifest may claim any length for an item, but no item is
     # decoded beyond the limit; a container of many items has no limit.
     single = pc.and_(pc.equal(todo["rows"], 1), pc.equal(todo["items"], 1))
     items, others = todo.filter(single), todo.filter(pc.invert(single))
@@ -82,7 +82,7 @@ def measure_work(output: Storage, todo: pa.Table, model: ModelReference, feature
 
 
 def _container(output: Storage, shard: dict) -> str | None:
-    """The container that a shard consists of, in words."""
+    """The name of the container that a shard consists of, if it does."""
     if shard["rows"] != 1:
         return None
     (row,) = read_shard(output, shard["plan_file"], shard["row_group"]).to_pylist()
@@ -95,10 +95,10 @@ class Resources:
 
     Attributes:
         device: "cpu" or "cuda".
-        feature_pool, model_pool: fewest and most actors. No feature pool: the model actors run all stages.
+        feature_pool, model_pool: fewest and most actors. Without a feature pool the model actors run all stages.
         model_cpus: CPUs accounted to each model actor.
         features: "cpu" or "gpu": which actors compute features.
-        model_start: model actors that are started at once, without waiting for Ray Data to see that they are needed.
+        model_start: model actors that are started at once, without waiting for Ray Data to notice that they are needed.
         model_resource: custom resource that each model actor takes one of.
         awaited: what model actors run on, if no node of the cluster has it now.
         feature_bytes, model_bytes: memory accounted to each actor.
@@ -138,7 +138,7 @@ class Places:
 
     Attributes:
         cpus: at least 1.
-        slot, slots: the resource that places of model actors are counted in, None for CPUs; and how many there are.
+        slot, slots: the resource that each model actor takes one of, None for CPUs; and how many there are.
         memory, largest_node: bytes of all nodes and of the largest; infinite where Ray does not say.
     """
 
@@ -152,22 +152,22 @@ class Places:
 def plan_resources(
     config: TranscribeConfig, device: str, nodes: list[dict[str, float]], work: Work, grows: bool = True
 ) -> Resources:
-    """Pools that fit the cluster as it is now; stated pool sizes are taken as they are, for clusters that grow.
+    """Pools that fit the cluster as it is now; stated pool sizes are used unchanged, for clusters that grow.
 
     Args:
         device: "cpu" or "cuda".
         nodes: the resources of each node.
-        grows: whether nodes may come to the cluster.
+        grows: whether nodes may join the cluster.
 
     Raises:
-        ConfigError: the smallest pools do not fit the cluster's memory, or the cluster has none of what model actors
-            run on while no size of their pool says that it will grow, or it cannot grow.
+        ConfigError: the smallest pools do not fit the cluster's memory; or the cluster has none of what model actors
+            run on, and either it cannot grow or no stated size of their pool says that it will.
     """
     places = _places(config, device, nodes, grows)
     model_pool = config.model_actors or (1, _at_most(places.slots, work.shards))
     feature_pool = config.feature_actors
     if feature_pool is None and places.slot:
-        # Each model actor keeps a CPU busy: a GPU's pads and sends batches, and unpacks what comes of them.
+        # Each model actor keeps a CPU busy: that of a GPU pads and sends batches, and unpacks the results.
         feature_pool = (1, _at_most(places.cpus - max(min(places.slots, model_pool[1]), 1), work.shards))
     model_bytes = PROCESS_BYTES + 2 * work.weight_bytes
     shard_bytes = _shard_bytes(config, work, _room(places, feature_pool, model_pool, model_bytes))
@@ -190,7 +190,7 @@ def plan_resources(
 
 
 def _places(config: TranscribeConfig, device: str, nodes: list[dict[str, float]], grows: bool) -> Places:
-    """What `nodes` have for the job. Raises ConfigError where model actors would wait for ever."""
+    """What `nodes` have for the job. Raises ConfigError if model actors would wait for ever."""
     slot = config.model_resource or (GPU if device == "cuda" else None)
     cpus = max(int(sum(node.get("CPU", 0) for node in nodes)), 1)
     slots = int(sum(node.get(slot, 0) for node in nodes)) if slot else cpus
@@ -213,7 +213,7 @@ def _at_most(wanted: int, shards: int) -> int:
 
 
 def _room(places: Places, feature_pool: PoolSize | None, model_pool: PoolSize, model_bytes: int) -> float:
-    """Bytes that each actor that reads and decodes may take for its shard, with the fewest actors."""
+    """Bytes that each reading and decoding actor may take for its shard when the pools are smallest."""
     models = min(model_pool[0], places.slots)
     if feature_pool is None:
         return min(places.memory / models, places.largest_node) - model_bytes
@@ -223,7 +223,8 @@ def _room(places: Places, feature_pool: PoolSize | None, model_pool: PoolSize, m
 def _shard_bytes(config: TranscribeConfig, work: Work, room: float) -> int:
     """Memory of the longest shard while it is read and decoded.
 
-    One long item is tried with what there is, not refused with all: its length may be a manifest's mistake.
+    A single long item is tried with the memory that there is, instead of refusing the job: its length may be a mistake
+    in the manifest.
     """
     item_bytes_per_s = max(ITEM_BYTES_PER_S, FEATURE_COPIES * work.bytes_per_s)
     usual_s = min(work.item_audio_s, config.shard_audio_s or AUTO_MAX_S)
@@ -232,7 +233,7 @@ def _shard_bytes(config: TranscribeConfig, work: Work, room: float) -> int:
 
 
 def _awaited(resources: Resources, places: Places) -> str | None:
-    """What actors wait for that no node has now; nodes without a slot yet may bring the memory, too."""
+    """What actors wait for because no node has it now; nodes that bring the slots may also bring the memory."""
     if not places.slots:
         short = resources.preparing_bytes > places.largest_node
         memory = f" and {_gib(resources.preparing_bytes)} of memory for a feature actor" if short else ""
@@ -244,7 +245,7 @@ def _awaited(resources: Resources, places: Places) -> str | None:
 
 
 def _check_memory(resources: Resources, places: Places, work: Work) -> None:
-    """Refuse what would wait for ever. Model actors without a slot now are for nodes that bring their own memory."""
+    """Refuse what would wait for ever. Model actors without a slot now are left out: their nodes bring memory."""
     features = resources.feature_pool[0] * resources.feature_bytes if resources.feature_pool else 0
     asked = features + min(resources.model_pool[0], places.slots) * resources.model_bytes
     if asked > places.memory:

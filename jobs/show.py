@@ -49,7 +49,7 @@ def _main(arguments: Sequence[str] | None) -> int:
         text = row["text"] if row["status"] != "error" else f"[{row['error_message']}]"
         cells = (row["id"], _cell(row["duration_s"], "{:.1f}"), text, row["reference"] or "",
                  _cell(row["wer"], "{:.0%}"), _cell(row["confidence"], "{:.2f}"))  # fmt: skip
-        table.add_row(*(Text(visible(cell)) for cell in cells))  # of a plain string brackets would be taken for markup
+        table.add_row(*(Text(visible(cell)) for cell in cells))  # plain strings: brackets would be markup
     Console(width=None if sys.stdout.isatty() else 160).print(table)
     return 0
 

@@ -36,12 +36,12 @@ from parakeet_core.tokenizer import Tokenizer
 from parakeet_core.words import Tokens, group_words
 
 SILENCE_DBFS = -120.0  # floor of the rms_dbfs column: below the noise of 16-bit audio, and finite
-CLIPPED_LEVEL = 0.999  # of full scale: one 16-bit step below it and above count as clipped
+CLIPPED_LEVEL = 0.999  # of full scale: samples one 16-bit step below it also count as clipped
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
-KEPT_BLOCK_BYTES = 32 << 20  # larger blocks go back at once; the most that glibc takes
-KEPT_BYTES = 256 << 20  # what a model actor's states need and more
-# oneDNN keeps the code of a product for each shape, with its memory. Layers share theirs, batches hardly ever do: by
-# default (1024 of them) a model actor's half precision takes 100 to 200 MiB more, and is no faster.
+KEPT_BLOCK_BYTES = 32 << 20  # larger blocks go back to the system at once; the most that glibc accepts
+KEPT_BYTES = 256 << 20  # more than a model actor's states need
+# oneDNN caches the code of a matrix product for each shape, with its memory. Layers share shapes, batches hardly ever
+# do: with the default of 1024 entries a model actor in half precision takes 100 to 200 MiB more and is no faster.
 CACHED_PRIMITIVES = "ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64"
 
 ITEM_FIELDS = [
@@ -64,11 +64,11 @@ PREPARED_SCHEMA = pa.schema(
         *ITEM_FIELDS,
         pa.field("frames", pa.int32()),
         pa.field("features", pa.large_binary()),
-        pa.field("samples", pa.large_binary()),  # in place of features, where the model actors compute them
-        pa.field("sample_step", pa.float32()),  # what one step of a sample stands for
+        pa.field("samples", pa.large_binary()),  # instead of features, if the model actors compute these
+        pa.field("sample_step", pa.float32()),  # the value of one unit in `samples`
     ]
 )
-PCM_STEP = 1 / 32768  # of 16-bit samples at full scale 1.0: those of 16-bit recordings travel unchanged
+PCM_STEP = 1 / 32768  # of 16-bit samples at full scale 1.0: samples of 16-bit recordings travel unchanged
 TOKEN_FIELDS = [
     pa.field("token_ids", pa.list_(pa.int32())),
     pa.field("starts", pa.list_(pa.int32())),
@@ -77,7 +77,7 @@ TOKEN_FIELDS = [
     pa.field("blank_ratio", pa.float32()),
 ]
 RECOGNISED_SCHEMA = pa.schema([*ITEM_FIELDS, *TOKEN_FIELDS])
-TASKS_PER_ACTOR = 2  # one shard at work and one waiting for each call, so that no actor waits; all are lost with it
+TASKS_PER_ACTOR = 2  # for each call, one in progress and one waiting, so that no actor idles; a lost actor loses all
 
 
 class ChainedStages:
@@ -100,11 +100,11 @@ class PrepareShards:
     """Shard of the plan -> items with features, or with samples for `RecogniseShards` to make features of.
 
     Args:
-        output: where the plan lies.
+        output: where the plan is stored.
         storage: how to reach the sources.
         frontend: of the model.
         feature_dtype: "float16" when the model runs in half precision, else "float32", so that a float32 job equals the
-            reference. Samples travel as 16-bit integers then, else as float32.
+            reference. Samples travel as 16-bit integers in the first case, as float32 in the second.
         features: "cpu" for features, "gpu" for samples.
     """
 
@@ -141,7 +141,7 @@ class PrepareShards:
         except InputError as error:
             return row | {"error_kind": str(error.kind), "error_message": error.message}
         except WorkerError:
-            raise  # nothing can be decoded here, whatever the item is
+            raise  # nothing can be decoded here, whatever the item
         except Exception as error:  # noqa: BLE001 - a defect met by one item must not end a job of a million others
             message = scrub(f"{type(error).__name__}: {error}; please report this with the item", self.storage)
             return row | {"error_kind": str(ErrorKind.UNEXPECTED), "error_message": message}
@@ -162,7 +162,7 @@ class PrepareShards:
         return columns | {"frames": features.shape[1], "features": payload}
 
     def _samples(self, waveform: np.ndarray) -> dict:
-        """A waveform [S] for another process; 16-bit steps grow with what is louder than full scale."""
+        """A waveform [S] for another process; the 16-bit step is larger if it is louder than full scale."""
         frames = self.frontend.config.frames(len(waveform))
         if self.dtype == np.float32:
             return {"frames": frames, "samples": waveform.tobytes(), "sample_step": 1.0}
@@ -200,13 +200,13 @@ class RecogniseShards:
     """Items with features or samples -> items with tokens, on one GPU or one CPU thread. Calls may overlap.
 
     Args:
-        output: where a worker whose GPU fails says so, before it ends for another to take its place.
+        output: where a worker whose GPU fails records that, before it ends and another takes its place.
         model, dtype, device: what runs, and where.
-        feature_dtype: as `PrepareShards` has it.
+        feature_dtype: as for `PrepareShards`.
     """
 
     def __init__(self, output: Storage, model: ModelReference, dtype: str, device: str, feature_dtype: str):
-        torch.set_num_threads(1)  # several actors with one thread each outrun one with several
+        torch.set_num_threads(1)  # several actors with one thread each are faster than one with several
         if device == "cpu":
             keep_freed_memory()
             os.environ.setdefault(*CACHED_PRIMITIVES)
@@ -233,13 +233,13 @@ class RecogniseShards:
         return pack_shard(shard, recognised, clock)
 
     def _recognise(self, items: pa.Table, clock: StageClock) -> dict[int, Tokens | InputError]:
-        """What the model says of each item that has frames, by its place."""
+        """The result of the model for each item that has frames, by the item's index."""
         wanted = [index for index, frames in enumerate(items["frames"].to_pylist()) if frames is not None]
         features = self._features(items, wanted, clock)
         return dict(zip(wanted, self.engine.recognise(features, busy=partial(clock.add, "model")), strict=True))
 
     def _features(self, items: pa.Table, wanted: list[int], clock: StageClock) -> list[torch.Tensor]:
-        """Features of the items at `wanted`: those that came, or computed where the model is."""
+        """Features of the items at `wanted`: as received, or computed from samples on the model's device."""
         if items["samples"].null_count < items.num_rows:
             stored = np.float32 if self.feature_dtype == np.float32 else np.int16
             samples = [self._array(items["samples"][i], stored) for i in wanted]
@@ -248,16 +248,16 @@ class RecogniseShards:
         return [self._array(items["features"][i], self.feature_dtype).unflatten(0, (-1, self.n_mels)) for i in wanted]
 
     def _array(self, value: pa.Scalar, dtype: type) -> torch.Tensor:
-        """The numbers of a binary cell, in place."""
+        """The numbers of a binary cell, without copying."""
         array = np.frombuffer(value.as_buffer(), dtype=dtype)
-        return torch.from_numpy(array if len(array) else array.copy())  # torch refuses the address of nothing
+        return torch.from_numpy(array if len(array) else array.copy())  # torch refuses the address of an empty buffer
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep what this process frees for its next batch; does nothing where there is another C library.
+    """Have glibc keep what this process frees for its next batch; does nothing with another C library.
 
-    By itself it gives a batch's states back to the system and asks for them anew, page by page: 5 % of the job's time
-    with a small model in bfloat16. See mallopt(3).
+    By default glibc returns a batch's states to the system and requests the memory anew, page by page: 5 % of the job's
+    time with a small model in bfloat16. See mallopt(3).
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if platform.system() == "Linux" else None
     if mallopt is not None:
@@ -266,7 +266,7 @@ def keep_freed_memory() -> None:
 
 
 def _token_columns(result: Tokens | InputError | None) -> dict:
-    """The values of `TOKEN_FIELDS`; all null for an item without tokens of its own because of an error."""
+    """The values of `TOKEN_FIELDS`; all null for an item that has an error instead of tokens."""
     if not isinstance(result, Tokens):
         return dict.fromkeys(field.name for field in TOKEN_FIELDS)
     columns = {"token_ids": result.ids, "starts": result.starts, "ends": result.ends, "scores": result.scores}
@@ -274,7 +274,7 @@ def _token_columns(result: Tokens | InputError | None) -> dict:
 
 
 def _with_errors(items: pa.Table, results: dict[int, Tokens | InputError]) -> pa.Table:
-    """The items with the errors that the model stage found, which is one that does not fit the device alone."""
+    """The items, with the errors of those that the model stage found not to fit the device even alone."""
     errors = {index: result for index, result in results.items() if isinstance(result, InputError)}
     if not errors:
         return items
@@ -288,7 +288,7 @@ class CommitShards:
     """Items with tokens -> a committed part and one row about it.
 
     Args:
-        output: where the table lies.
+        output: where the table is stored.
         tokenizer, encoder_frame_s: of the model.
         fingerprint: of the job, part of each part's name.
         provenance: stored in each part's metadata.

@@ -40,7 +40,7 @@ from jobs.worker_end import EVENTS_FOLDER
 from parakeet_core.checkpoint import INT8
 from parakeet_core.errors import ConfigError, CredentialsError, InputError
 
-HOPELESS_ITEMS, HOPELESS_SHARE = 1_000, 0.5  # errors among so many items of a run: not the items' fault, but one cause
+HOPELESS_ITEMS, HOPELESS_SHARE = 1_000, 0.5  # so many errors in so many items point to one cause, not to the items
 RESUME_HINT = "run the same command again to resume; committed parts are kept and not computed again"
 
 
@@ -52,7 +52,7 @@ def run(config: TranscribeConfig) -> Receipt:
 
     Raises:
         ConfigError, CheckpointError: refused before any work.
-        WorkerError: Ray cannot be had here; nothing has been computed, and calling again may help.
+        WorkerError: Ray is not available; nothing has been computed, and calling again may help.
         JobStoppedError: stopped in the middle; calling again resumes.
     """
     state = prepare(config)
@@ -67,7 +67,7 @@ def run(config: TranscribeConfig) -> Receipt:
 
 
 def _settle(state: Run, cluster: dict[str, float]) -> None:
-    """Fix device and dtype by what the cluster has."""
+    """Choose device and dtype by what the cluster has."""
     config = state.config
     state.device = config.device if config.device != "auto" else ("cuda" if cluster.get("GPU") else "cpu")
     if state.identity is None:
@@ -78,7 +78,7 @@ def _settle(state: Run, cluster: dict[str, float]) -> None:
 
 
 def _nothing_to_do(state: Run) -> Receipt:
-    """Account for an output whose shards are all committed, by a run that may have been killed before its receipt."""
+    """Account for an output whose shards are all committed; the run may have been killed before its receipt."""
     print("nothing to do: all planned shards are committed", file=sys.stderr)
     if not state.closed:
         _close(state, EventLog(state.output))
@@ -86,7 +86,7 @@ def _nothing_to_do(state: Run) -> Receipt:
 
 
 def _transcribe(state: Run, todo: pa.Table, grows: bool) -> Receipt:
-    """Run the shards that are left, and account for them however the run ends."""
+    """Run the remaining shards, and account for them however the run ends."""
     note_local_output(state.output, len(alive_nodes()))
     resources = _claim(state, todo, grows)
     total_s = pc.sum(state.shards["audio_s"]).as_py()
@@ -126,7 +126,7 @@ def _begin(state: Run, todo: pa.Table, resources: Resources, total_s: float) -> 
         f"{resources.describe()}",
         file=sys.stderr,
     )
-    state.write_receipt()  # the one of an earlier run is not true any more
+    state.write_receipt()  # that of an earlier run is no longer true
     events = EventLog(state.output)
     events.add("plan", shards=state.shards.num_rows, items=state.planned_items, audio_s=round(total_s, 3))
     events.add(
@@ -158,7 +158,7 @@ def _commit_shards(
 
 
 def _stop_if_hopeless(max_error_rate: float, tally: Tally) -> None:
-    """Raise JobStoppedError where most items of this run are errors: better after minutes than in the morning."""
+    """Raise JobStoppedError if most items of this run are errors: better within minutes than the next morning."""
     share = tally.errors / max(tally.rows, 1)
     if tally.rows < HOPELESS_ITEMS or share <= max(HOPELESS_SHARE, max_error_rate):
         return
@@ -172,11 +172,11 @@ def _stop_if_hopeless(max_error_rate: float, tally: Tally) -> None:
 
 @contextmanager
 def _stops_named(state: Run) -> Iterator[None]:
-    """What stops a run in the middle, as `JobStoppedError` in one line."""
+    """Turn any error that stops a run in the middle into a one-line `JobStoppedError`."""
     try:
         yield
     except ray.exceptions.RayActorError as error:
-        if "creation task" in str(error):  # Ray's words for what its constructor raised
+        if "creation task" in str(error):  # Ray's words for an exception in the actor's constructor
             cause = scrub(root_cause(error), state.output.options)
             raise JobStoppedError(f"a worker could not start: {cause}; {RESUME_HINT}") from error
         raise JobStoppedError(
@@ -186,12 +186,12 @@ def _stops_named(state: Run) -> Iterator[None]:
         ) from error
     except (ray.exceptions.RayError, InputError, CredentialsError) as error:
         raise JobStoppedError(f"{scrub(root_cause(error), state.output.options)}; {RESUME_HINT}") from error
-    except ConfigError as error:  # parts of another driver, or merged ones, that came past all checks
+    except ConfigError as error:  # parts of another driver, or merged ones, that got past all checks
         raise JobStoppedError(f"the table is not whole: {error}") from error
 
 
 def _verify(state: Run, receipt: Receipt) -> Receipt:
-    """Do a sample of the table again, and add what came of it to the receipt."""
+    """Transcribe a sample of the table again, and add the result to the receipt."""
     try:
         files = find_committed(state.output, state.fingerprint, state.planned_shards).files
         where = state.output, state.shards, files, state.sources
@@ -230,7 +230,7 @@ def _close(state: Run, events: EventLog, page: bool = True) -> None:
 
 
 def _close_if_possible(state: Run, events: EventLog, page: bool) -> None:
-    """`_close`; but when the run has failed already, and storage now too, the first failure is the one to tell."""
+    """`_close`; but if the run has already failed and storage now fails too, the first failure is reported."""
     failed = sys.exc_info()[0] is not None
     try:
         _close(state, events, page)

@@ -1,7 +1,7 @@
-"""A sample of the table, done again the slow way: each item alone, in float32. Changes nothing in the table.
+"""A sample of the table, transcribed again the slow way: each item alone, in float32. Changes nothing in the table.
 
-What it tells: what half precision, batches and padding have cost on this very input, and whether a worker computed
-something else than it should have. It reads only the items that it samples (of a tar, what stands before them).
+It shows what half precision, batches and padding have cost on this very input, and whether a worker computed something
+wrong. It reads only the items that it samples (in a tar, also those before them).
 """
 
 import random
@@ -29,13 +29,13 @@ from parakeet_core.engine import Engine
 from parakeet_core.errors import InputError
 
 SEED = 20261122  # the same items in every run, so that two runs can be compared
-FIRST_OF_CONTAINER = 32  # an item far behind in a tar would cost reading all before it
+FIRST_OF_CONTAINER = 32  # an item deep inside a tar would cost reading everything before it
 LISTED = 20  # ids that the receipt names
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Items of one shard to do again: how many, and in which file their rows stand."""
+    """Items of one shard to do again: how many, and which file holds their rows."""
 
     shard: str
     plan_file: str
@@ -46,13 +46,13 @@ class Sample:
 
 @dataclass(frozen=True)
 class Verification:
-    """What came of it; in the receipt.
+    """The result, as the receipt holds it.
 
     Attributes:
-        asked: items that were to be sampled. items: that were compared; error rows are not.
+        asked: items that were to be sampled. items: those that were compared; error rows are not.
         mismatches: items whose text differs.
         wer: of the table's texts against those of float32, over all compared items; None without words.
-        differing: ids of some of them.
+        differing: ids of some of these items.
         failed: items that could not be read again.
     """
 
@@ -73,7 +73,7 @@ class Verification:
 
 
 def choose_samples(shards: pa.Table, files: dict[str, frozenset[str]], items: int) -> list[Sample]:
-    """Samples spread evenly over the audio of the shards that are committed.
+    """Samples spread evenly over the audio of the committed shards.
 
     Args:
         shards: of `jobs.planning.store.SHARD_SCHEMA`.
@@ -84,15 +84,15 @@ def choose_samples(shards: pa.Table, files: dict[str, frozenset[str]], items: in
     ends = list(accumulate(row["audio_s"] for row in rows))
     if not rows or not ends[-1]:
         return []
-    if all(row["items"] for row in rows):  # none is a tar: no more places are drawn than there are items
+    if all(row["items"] for row in rows):  # none is a tar: draw no more places than there are items
         items = min(items, sum(row["items"] for row in rows))
     rng = random.Random(SEED)
     places = [(number + rng.random()) / items * ends[-1] for number in range(items)]
     wanted = Counter(min(bisect_right(ends, place), len(rows) - 1) for place in places)
     taken, left = Counter(), 0
-    for index in [*range(len(rows)), *range(len(rows))]:  # what a short shard has not got, others give
+    for index in [*range(len(rows)), *range(len(rows))]:  # what a short shard lacks, others supply
         left += wanted.pop(index, 0)
-        known = rows[index]["items"]  # 0 of tars, whose items are not known
+        known = rows[index]["items"]  # 0 for tars, whose number of items is not known
         room = known - taken[index] if known else left
         taken[index] += min(left, room)
         left -= min(left, room)
@@ -116,16 +116,16 @@ def verify_table(
 
     Args:
         sources: how to reach the audio.
-        items: how many; fewer if there are not so many.
+        items: how many; all if there are fewer.
     """
     samples = choose_samples(shards, files, items)
-    # No memory is asked for: what no node has would be waited for without end.
+    # No memory is asked for: Ray would wait for ever for an amount that no node has.
     worker = ray.remote(num_gpus=1, num_cpus=0)(_repeat) if device == "cuda" else ray.remote(num_cpus=1)(_repeat)
     return summarise(ray.get(worker.remote(output, samples, sources, model, device)), items)
 
 
 def summarise(pairs: list[tuple[str, str, str | None]], asked: int) -> Verification:
-    """What came of (id, text in the table, text in float32 or None) of the sampled items."""
+    """The result from (id, text in the table, text in float32 or None) of each sampled item."""
     compared = [(id_, text, again) for id_, text, again in pairs if again is not None]
     differing = [id_ for id_, text, again in compared if text != again]
     wer = _corpus_wer([(normalise_words(again), normalise_words(text)) for _, text, again in compared])

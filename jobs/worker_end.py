@@ -1,6 +1,6 @@
-"""How a worker ends itself where only another process can go on: Ray starts one in its place, and gives it its shards.
+"""How a worker ends itself when only a new process can continue: Ray starts one in its place and gives it the shards.
 
-It leaves the cause under OUTPUT/events/, since what a killed process has said is in the logs of its node alone.
+It leaves the cause under OUTPUT/events/, because the output of a killed process is only in the logs of its node.
 """
 
 import json
@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 
 def end_worker(output: Storage, cause: str) -> None:
-    """End this process at once, as one that was killed: Ray takes an exit of its own accord for the actor's wish."""
+    """End this process at once, by SIGKILL: Ray would take a voluntary exit to be what the actor wants."""
     now = datetime.now(UTC).isoformat(timespec="milliseconds")
     record = {"at": now, "event": "worker_ended", "worker": worker_name(), "cause": cause}
     log.error("this worker ends, and another takes its shards: %s", cause)

@@ -21,7 +21,7 @@ from jobs.sources.reader import ReadItem, SourceReader
 from parakeet_core.errors import ErrorKind, InputError
 
 MAX_MEMBER_BYTES = 1 << 30  # held in memory; a member of 9 h of 16 kHz 16-bit speech is a mistake, or a bomb
-MAX_TAIL_BYTES = 1 << 20  # zeros behind the end mark: at most one record of 10 KiB as tar writes it
+MAX_TAIL_BYTES = 1 << 20  # zeros after the end mark: tar writes at most one record of 10 KiB
 STREAM_BYTES = (
     1 << 17
 )  # read at a time from an archive; tarfile copies what is left of it at each read (10 KiB to 1 MiB tried)
@@ -44,7 +44,7 @@ def read_container(row: dict, reader: SourceReader) -> Iterator[ReadItem]:
 
 
 class _Header(tarfile.TarInfo):
-    """tarfile takes a damaged or missing header behind the first member for the archive's end; here it is a tear."""
+    """tarfile takes a damaged or missing header after the first member for the archive's end; here it is a tear."""
 
     @classmethod
     def frombuf(cls, buf, encoding, errors):
@@ -65,8 +65,8 @@ class _Header(tarfile.TarInfo):
 class _Pieces:
     """What tarfile reads from: pieces as they come, so that all bytes before a tear in a gzip stream are used.
 
-    tarfile skips a member by reading as often as its claimed size says, also behind the end of the file: a header of
-    4 EiB would hang it. Here the second read behind the end is the tear.
+    tarfile skips a member by reading as often as its claimed size says, even past the end of the file: a header that
+    claims 4 EiB would hang it. Here the second read past the end is the tear.
     """
 
     def __init__(self, file: io.BufferedReader | gzip.GzipFile):
@@ -83,8 +83,8 @@ class _Pieces:
 def read_tar(tar_id: str, source: str, reader: SourceReader) -> Iterator[ReadItem]:
     """The items of a WebDataset tar: its audio members, with the `.txt` and `.json` members of the same key.
 
-    Ids are `tar_id/key`; the 2nd, 3rd, ... audio of one key get `~2`, `~3`. What lies behind a tear is one error row,
-    and so is a tar whose members are all something else; one without members holds no item, and gives none.
+    Ids are `tar_id/key`; the 2nd, 3rd, ... audio of one key get `~2`, `~3`. What lies after a tear is one error row,
+    and so is a tar that has members but no audio; a tar without members gives no items.
     """
     taken: dict[str, int] = {}
     done, others, example = 0, 0, ""
@@ -109,7 +109,7 @@ def read_tar(tar_id: str, source: str, reader: SourceReader) -> Iterator[ReadIte
 
 
 def _groups(file: IO[bytes]) -> Iterator[tuple[str, list[tuple[tarfile.TarInfo, bytes | None]]]]:
-    """(key, members) of consecutive members with one key; the bytes are None for what is not read.
+    """(key, members) of consecutive members with one key; the bytes are None for members that are not read.
 
     Raises:
         tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile: after the last complete group.
@@ -130,11 +130,11 @@ def _groups(file: IO[bytes]) -> Iterator[tuple[str, list[tuple[tarfile.TarInfo, 
             key = _key(member.name)
             group.append((member, data))
         if plain is not buffered:
-            plain.read(MAX_TAIL_BYTES)  # the checksum of a gzip stream stands behind the end mark of the archive
+            plain.read(MAX_TAIL_BYTES)  # the checksum of a gzip stream comes after the end mark of the archive
     except _TEAR as error:
         tear = error
     if group:
-        yield key, group  # before a tear as well: its audio is whole, only a text behind the tear may be missing
+        yield key, group  # before a tear as well: its audio is whole, only a text after the tear may be missing
     if tear is not None:
         raise tear
 
@@ -146,7 +146,7 @@ def _members(plain: io.BufferedReader | gzip.GzipFile) -> Iterator[tuple[tarfile
         for member in archive:
             archive.members = []  # tarfile keeps every header it has seen
             yield archive, member
-    except ValueError as error:  # tarfile lets through what it meets in damaged pax headers of sparse members
+    except ValueError as error:  # tarfile does not wrap what damaged pax headers of sparse members raise
         raise tarfile.ReadError(f"a damaged header: {str(error)[:100]}") from error
 
 
@@ -167,7 +167,7 @@ def _is_plain(member: tarfile.TarInfo) -> bool:
 
 
 def _is_apple_double(name: str) -> bool:
-    """Tell whether this is what tar on a Mac writes before each file that has attributes: `._a.wav` before `a.wav`."""
+    """Whether this is what tar on a Mac writes before each file that has attributes: `._a.wav` before `a.wav`."""
     return name.rpartition("/")[2].startswith("._")
 
 
@@ -206,7 +206,7 @@ def _by_stem(members: list[tuple[tarfile.TarInfo, bytes | None]], extension: str
 
 
 def _shared(texts: dict[str, bytes], key: str, stems: set[str]) -> bytes | None:
-    """The text of what has none of its own name: that of the key, or the only one that is of no audio's name.
+    """The text for audio without one of its own name: that named like the key, or the only one named like no audio.
 
     `c.left.txt` is not the text of `c.right.wav`, and `c.old.txt` is not that of `c.wav` if there is a `c.txt`.
     """
@@ -225,8 +225,8 @@ def _unreadable(member: tarfile.TarInfo) -> InputError:
 def _texts(text: bytes | None, metadata: bytes | None) -> tuple[str | None, str | None]:
     """(reference, extra) from a `.txt` and a `.json` member, both valid UTF-8 and `extra` valid JSON.
 
-    What is not text becomes a replacement character, a byte order mark goes; NaN, Infinity and numbers over the range
-    of a float become null.
+    Bytes that are not UTF-8 become replacement characters and a byte order mark is dropped; NaN, Infinity and numbers
+    beyond the range of a float become null.
     """
     reference = text.decode("utf-8-sig", "replace").strip() if text is not None else None
     if metadata is None:
@@ -236,7 +236,7 @@ def _texts(text: bytes | None, metadata: bytes | None) -> tuple[str | None, str 
         record = json.loads(raw, parse_float=_finite, parse_constant=_finite)
         extra = _utf8(json.dumps(record, ensure_ascii=False, allow_nan=False))
     except (ValueError, RecursionError):
-        return reference, json.dumps({"json": raw})  # carried through as it is
+        return reference, json.dumps({"json": raw})  # passed on as it is
     if reference is None and isinstance(record, dict):
         found = next((record[name] for name in REFERENCE_COLUMNS if isinstance(record.get(name), str)), None)
         reference = _utf8(found) if found is not None else None
@@ -244,11 +244,11 @@ def _texts(text: bytes | None, metadata: bytes | None) -> tuple[str | None, str 
 
 
 def _finite(number: str | float) -> float | None:
-    return float(number) if math.isfinite(float(number)) else None  # JSON has no word for the others
+    return float(number) if math.isfinite(float(number)) else None  # JSON cannot express the others
 
 
 def _utf8(text: str) -> str:
-    """`text` with `?` for each half of a surrogate pair, which JSON can spell and Arrow refuses."""
+    """`text` with `?` for each half of a surrogate pair, which JSON can express and Arrow refuses."""
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
@@ -256,7 +256,7 @@ def _unused(item_id: str, taken: dict[str, int]) -> str:
     """The id, or the first `id~2`, `id~3`, ... that is not taken.
 
     Args:
-        taken: id -> the number to go on from: a tar may have 100,000 members of one key.
+        taken: id -> the number to continue from: a tar may have 100,000 members of one key.
     """
     candidate, occurrence = item_id, taken.get(item_id, 1)
     while candidate in taken:
@@ -273,7 +273,7 @@ def read_row_group(first_id: str, source: str, row_group: int, items: int, reade
     Args:
         first_id: `file.parquet#row` of the first row.
         items: rows of the group when it was planned. Rows that are missing become error items. Rows beyond them are
-            left out: the shard's count is fixed, and a file that grew has to be planned again under a new name.
+            left out: the shard's count is fixed, so a file that grew has to be planned again under a new name.
     """
     prefix, _, first = first_id.rpartition("#")
     done = 0

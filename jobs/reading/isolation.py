@@ -1,11 +1,11 @@
-"""Decoding the items of a shard so that an item which ends its process costs one row, not the job.
+"""Decoding the items of a shard so that an item that ends its process costs one row, not the job.
 
     first try of a shard    in the worker: at full speed, under limits of time and memory that end the worker
     after a worker is lost  in a process beside it (`IsolatedDecoder`): an item that ends that one gets its error row
 
-So the usual shard pays four system calls per item, 7 us with what is around them, and a shard whose worker was lost, to
-an item or with its node, is tried again a little slower and gives the same rows. Which shards those are, Ray knows: it
-starts the actor again and gives it the calls that were lost with it first. Nothing has to be written down.
+So a usual shard pays four system calls per item, 7 us with the code around them. A shard whose worker was lost, to an
+item or with its node, is tried again a little slower and gives the same rows. Ray knows which shards those are: it
+starts the actor again and first gives it the calls that were lost with it. Nothing has to be written down.
 """
 
 import functools
@@ -26,7 +26,7 @@ from parakeet_core.errors import ErrorKind, InputError
 @functools.cache
 def was_restarted() -> bool:
     """Whether this process is a Ray actor that took the place of a lost one."""
-    import ray  # isolation itself also serves where Ray is not installed
+    import ray  # only here: the rest also works where Ray is not installed
 
     context = ray.get_runtime_context() if ray.is_initialized() else None
     return context is not None and context.get_actor_id() is not None and bool(context.was_current_actor_reconstructed)
@@ -36,7 +36,7 @@ class ShardDecoder:
     """`load_audio` for the items of one shard after another.
 
     Args:
-        careful_shards: how many are decoded in a process of their own from now on.
+        careful_shards: how many of the next shards are decoded in a separate process.
     """
 
     def __init__(self, careful_shards: int = 0):
@@ -46,10 +46,10 @@ class ShardDecoder:
 
     @contextmanager
     def shard(self) -> Iterator[None]:
-        """To be held while the items of one shard are read and decoded.
+        """The context in which the items of one shard are read and decoded.
 
         Raises:
-            WorkerError: no other process can be started.
+            WorkerError: the separate process cannot be started.
         """
         self._most_data_bytes = _data_bytes() + MEMORY_BYTES
         if self.careful_shards > 0:
@@ -59,8 +59,8 @@ class ShardDecoder:
             if self._isolated is not None:
                 self._isolated.wait_until_ready()
             yield
-        except MemoryError:  # in a thread that was reading while a decoder took all that the limit leaves
-            os.kill(os.getpid(), signal.SIGKILL)  # a lost worker: Ray has the shard tried again
+        except MemoryError:  # in a reading thread, while a decoder took all that the limit allows
+            os.kill(os.getpid(), signal.SIGKILL)  # a lost worker: Ray tries the shard again
         finally:
             if self._isolated is not None:
                 self._isolated.close()
@@ -71,19 +71,19 @@ class ShardDecoder:
 
         Raises:
             InputError: as `load_audio`, and DECODER_CRASH.
-            WorkerError: no other process can be started.
+            WorkerError: the separate process cannot be started.
         """
         if self._isolated is None:
             size_bytes = len(payload) if isinstance(payload, bytes) else payload.size_bytes
             try:
                 with _limits(decoding_limit_s(size_bytes or 0), self._most_data_bytes):
                     return load_audio(payload, *arguments, **options)
-            except MemoryError:  # the limit of this process says nothing of the item alone
+            except MemoryError:  # this process's limit says nothing about the item alone
                 self._isolated = IsolatedDecoder()
         try:
             return self._isolated.load(payload, *arguments, **options)
         except InputError as error:
-            if error.kind is ErrorKind.DECODER_CRASH:  # where one such item is there are others, and each would cost a
+            if error.kind is ErrorKind.DECODER_CRASH:  # one such item is seldom alone, and each other would cost a
                 self.careful_shards = math.inf  # worker, which takes longer to start than careful decoding ever costs
             raise
 

@@ -18,7 +18,7 @@ from jobs.sources.reader import ReadItem, SourceFile, SourceReader
 from jobs.storage.connections import DEFAULT_OPTIONS, StorageOptions
 from parakeet_core.errors import ErrorKind, InputError
 
-UNKNOWN_BYTES = 4 << 20  # what a source of unknown size is counted as, until it is here
+UNKNOWN_BYTES = 4 << 20  # what a source of unknown size counts as until it has arrived
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ class ReadLimits:
 
     Args:
         threads: requests at a time; a request to an object store waits 20-100 ms, so 8 keep a CPU actor busy.
-        bytes_ahead: bytes fetched and not yet consumed. One source above it is still read, alone. Sources of unknown
-            size can pass it by what `threads` of them hold: their length is known only when they are here.
+        bytes_ahead: bytes fetched and not yet consumed. A single source above it is still read, alone. Sources of
+            unknown size can exceed it by the size of `threads` of them: their length is known only on arrival.
     """
 
     threads: int = 8
@@ -82,7 +82,7 @@ def _fetch_ahead(
 
 
 def _may_fetch(row: dict, waiting: Iterable[tuple[list[dict], Future]], limits: ReadLimits) -> bool:
-    """Whether one more fetch keeps to the limits. What is here counts with its real length, the rest as announced."""
+    """Whether one more fetch stays within the limits. Arrived sources count by real length, others as announced."""
     ahead_bytes, unknown = 0, 0
     for size_bytes, future in [(row["size_bytes"], None), *((group[0]["size_bytes"], f) for group, f in waiting)]:
         if future is not None and future.done():
@@ -104,7 +104,7 @@ def _fetch(reader: SourceReader, row: dict) -> "bytes | SourceFile | InputError"
 
 
 def _stream_ahead(items: Iterator[ReadItem], limit_bytes: int) -> Iterator[ReadItem]:
-    """The same items, read by a thread that stops while `limit_bytes` of them wait to be taken."""
+    """The same items, read by a thread that pauses while `limit_bytes` of them wait to be consumed."""
     waiting: deque[tuple[ReadItem, int]] = deque()
     changed = threading.Condition()
     ahead_bytes, stopped = 0, False
@@ -153,7 +153,7 @@ def _file_items(
     group: list[dict], payload: "bytes | SourceFile | InputError", reader: SourceReader
 ) -> Iterator[ReadItem]:
     for index, row in enumerate(group):
-        if index and isinstance(payload, SourceFile):  # each item its own position in the file
+        if index and isinstance(payload, SourceFile):  # each item needs its own position in the file
             try:
                 payload = SourceFile(row["source"], reader.options, payload.size_bytes)
             except InputError as error:

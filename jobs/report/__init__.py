@@ -1,4 +1,4 @@
-"""What a run tells people: lines while it works, the receipt and the events at its end, and a page about its table.
+"""What a run reports: progress lines and events while it works, a receipt at its end, and a page about its table.
 
 Changes nothing in the table. Knows nothing of Ray.
 """

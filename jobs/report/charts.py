@@ -1,8 +1,8 @@
 """Charts as inline SVG: numbers in, markup out. Knows nothing of tables and receipts.
 
-Across, places are percent of the width, and down they are pixels: a chart fills its column and its letters keep their
-size, on a phone as on a desk. Colours come from the page's style sheet, by class. Every chart has a title and a
-description for screen readers; the exact numbers belong into a table beside it.
+Horizontal positions are percentages of the width and vertical ones are pixels: a chart fills its column and its text
+keeps its size, on a phone as on a desktop. Colours come from the page's style sheet, by class. Every chart has a title
+and a description for screen readers; the exact numbers belong in a table beside it.
 """
 
 import math
@@ -16,7 +16,7 @@ from jobs.report.markup import Html, element, join, number, percent, short, span
 TOP = 24  # pixels above the plot, for the labels of marks
 PLOT = 160  # pixels of the plot
 AXIS = 22  # pixels below it
-LEAST_BAR = 2  # pixels: one item among millions is still seen
+LEAST_BAR = 2  # pixels: one item among millions is still visible
 STEPS_UP = 5  # lines of the height axis above zero
 LABEL_MARGIN = 14  # percent: half of "median 14.2" on a phone
 TICKS_ACROSS = 6  # more do not fit on a phone
@@ -24,7 +24,7 @@ TICKS_ACROSS = 6  # more do not fit on a phone
 
 @dataclass(frozen=True)
 class Column:
-    """One bar of a column chart; `note` is shown when it is pointed at."""
+    """One bar of a column chart; `note` is shown while the pointer is on it."""
 
     value: float
     note: str
@@ -73,7 +73,7 @@ def height_axis(ticks: Sequence[float]) -> Html:
 
 
 def width_axis(ticks: Sequence[tuple[float, str]]) -> Html:
-    """Labels below the plot, at percents of the width."""
+    """Labels below the plot, at percentages of the width."""
     labels = [element("text", label, x=f"{at:.2f}%", y=TOP + PLOT + 17, class_="tick middle") for at, label in ticks]
     strokes = [
         element("line", x1=f"{at:.2f}%", x2=f"{at:.2f}%", y1=TOP + PLOT, y2=TOP + PLOT + 4, class_="axis")
@@ -139,12 +139,12 @@ def histogram_chart(
     marks: Sequence[tuple[float, str]] = (),
     usual: tuple[float, float] = (-math.inf, math.inf),
 ) -> Html:
-    """A histogram; what lies outside its borders is one grey column at either end.
+    """A histogram; the values outside its borders are one grey column at either end.
 
     Args:
         unit: of the values, for the notes of the columns.
         marks: (value, label).
-        usual: columns wholly outside are drawn in the colour of a warning.
+        usual: columns wholly outside this range are drawn in a warning colour.
     """
 
     def css(low: float, high: float, otherwise: str = "") -> str:
@@ -193,14 +193,14 @@ def line_chart(
     """A line with the area below it filled; at least one value is above zero.
 
     Args:
-        times_s: ascending, the last above zero; or anything else that grows, with `ticks` of its own.
-        ticks: labels below the plot at percents of the width; default round times from zero.
+        times_s: ascending, the last above zero; or any other ascending quantity, with its own `ticks`.
+        ticks: labels below the plot at percentages of the width; default round times from zero.
     """
     heights = ticks_up_to(max(values), STEPS_UP)
     points = [
         f"{100 * t / times_s[-1]:.3f},{100 * (1 - v / heights[-1]):.3f}" for t, v in zip(times_s, values, strict=True)
     ]
-    # Lines know no percents: they live in a picture of 100 x 100 that is stretched, their width is not.
+    # Polylines take no percentages: they are drawn in a picture of 100 x 100 that is stretched; their width is not.
     plot = element(
         "svg",
         element("polygon", points=" ".join(["0,100", *points, "100,100"]), class_="area"),

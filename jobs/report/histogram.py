@@ -88,11 +88,11 @@ class Histogram:
         return int(self.counts[: found + 1].sum())
 
     def bars(self, start: float, stop: float, widths: Sequence[float], at_most: int) -> Bars:
-        """Regroup into bars of one width from `start` to the border behind `stop`, both within the edges.
+        """Regroup into bars of one width from `start` to the border after `stop`, both within the edges.
 
         Args:
             widths: ascending choices, multiples of the bins they cover; the first that needs few enough bars is taken.
-            at_most: bars.
+            at_most: number of bars.
         """
         wanted = [int((stop - start) / width + 10**-DIGITS) + 1 for width in widths]
         bars, width = next(

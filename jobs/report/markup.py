@@ -1,4 +1,4 @@
-"""HTML out of text that nobody vouches for: escaping, tables, numbers as people read them. Knows nothing of reports."""
+"""HTML from untrusted text: escaping, tables, numbers as people read them. Knows nothing of reports."""
 
 import html
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ class Html(str):
 
 
 def visible(text: str) -> str:
-    """`text` with a sign in the place of each control character, which a terminal would obey."""
+    """`text` with a sign in place of each control character, which a terminal would obey."""
     return text.translate(_CONTROLS)
 
 
@@ -24,12 +24,12 @@ def safe(value: object) -> Html:
 
 
 def foreign(text: str) -> Html:
-    """Text of the data: escaped, and isolated, so that its writing direction does not turn the page around it."""
+    """Text from the data: escaped, and isolated, so that its writing direction does not affect the page around it."""
     return Html(f"<bdi>{safe(text)}</bdi>")
 
 
 def join(*pieces: object) -> Html:
-    """Pieces after one another, escaped where they are not `Html`."""
+    """Pieces one after another, escaped unless they are `Html`."""
     return Html("".join(safe(piece) for piece in pieces))
 
 
@@ -48,7 +48,7 @@ def table(
 ) -> Html:
     """A table whose cells carry their column's name, from which the style sheet makes cards on a narrow screen.
 
-    The roles repeat what the tags say: browsers forget it of a table that is displayed as anything else.
+    The roles repeat what the tags say, because browsers ignore the tags of a table that is displayed as anything else.
 
     Args:
         numeric: columns that hold numbers, aligned at the right.
@@ -80,7 +80,7 @@ def details(summary: str, *content: object) -> Html:
 
 
 def figure(title: str, caption: str, *content: object) -> Html:
-    """A chart, or what stands for it, under its name and what there is to say about it."""
+    """A chart, or a text in its place, under a title and a caption."""
     return element(
         "figure",
         element("figcaption", element("h3", title), element("p", caption) if caption else ""),
@@ -96,12 +96,12 @@ def numbers_table(head: Sequence[str], rows: Sequence[Sequence[object]], caption
 
 
 def clip(text: str, limit: int) -> str:
-    """At most `limit` characters, the last of them an ellipsis where some are left out."""
+    """At most `limit` characters, the last of them an ellipsis if some are left out."""
     return text if len(text) <= limit else f"{text[: limit - 1]}…"
 
 
 def number(value: float | None, digits: int = 0) -> str:
-    """`1,234.5`; a dash for what is not known."""
+    """`1,234.5`; a dash if it is not known."""
     return "–" if value is None else f"{value:,.{digits}f}"
 
 
@@ -122,7 +122,7 @@ def short(value: float) -> str:
 
 
 def percent(share: float) -> str:
-    """`12.3%`; what is there but rounds to nothing is `<0.1%`."""
+    """`12.3%`; a share above zero that rounds to nothing is `<0.1%`."""
     return "<0.1%" if 0 < share < 0.0005 else f"{share:.1%}"
 
 

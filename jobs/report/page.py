@@ -1,7 +1,7 @@
 """OUTPUT/report.html: what a run did and what its table holds, on one page that loads nothing and runs no script.
 
-Ids, texts and messages come from data that nobody vouches for: `markup.py` escapes every string, and the page's content
-security policy forbids scripts, foreign styles and all requests, should an escape ever be missing.
+Ids, texts and messages come from untrusted data: `markup.py` escapes every string, and the page's content security
+policy forbids scripts, other styles and all requests, should an escape ever be missing.
 """
 
 from collections.abc import Sequence
@@ -39,7 +39,7 @@ def write_report(output: Storage, receipt: dict, throughput: Sequence[tuple[floa
         InputError: the table's folder cannot be listed, or the page cannot be written.
     """
     page = render_report(receipt, gather_stats(output), throughput)
-    # A path of undecodable bytes holds lone surrogates, which UTF-8 does not have.
+    # A path of undecodable bytes holds lone surrogates, which UTF-8 cannot encode.
     output.write_atomic(REPORT_FILE, page.encode("utf-8", "replace"))
 
 
@@ -152,7 +152,7 @@ def card(label: str, value: str, note: str) -> Html:
 
 
 def audio(hours: float) -> str:
-    """Hours of audio; under an hour as a length of time."""
+    """Hours of audio; a length of time if under an hour."""
     return f"{rounded(hours, 2 if hours < 1000 else 0)} h" if hours >= 1 else span(hours * 3600)
 
 
@@ -165,7 +165,7 @@ def time_section(receipt: dict, throughput: Sequence[tuple[float, float]]) -> Ht
 
 
 def stage_figure(receipt: dict) -> Html:
-    """Seconds per stage as a waterfall, with the share of their time in which the model actors waited."""
+    """Seconds per stage as a waterfall, with the share of their time that the model actors were idle."""
     stages = [(STAGE_NAMES.get(s, s), t, "" if s == "model" else "other") for s, t in receipt["stage_seconds"].items()]
     idle = receipt["model_idle_share"]
     if not any(seconds for _, seconds, _ in stages):
@@ -218,7 +218,7 @@ def throughput_figures(receipt: dict, throughput: Sequence[tuple[float, float]])
 
 
 def open_section(location: str) -> Html:
-    """One line each for the usual readers. They are Python, quoted as Python and SQL want it, so they can be run."""
+    """One line for each of the usual readers: Python, quoted as Python and SQL require, so that it can be run."""
     files = f"{location.rstrip('/')}/*.parquet".replace("'", "''")
     query = f"SELECT id, status, text, confidence FROM '{files}' ORDER BY confidence LIMIT 20"
     ways = {

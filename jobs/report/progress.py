@@ -1,4 +1,4 @@
-"""What a running job says: a live display on a terminal, plain lines in a job's log. Knows nothing of Ray."""
+"""What a running job reports: a live display on a terminal, plain lines in a job's log. Knows nothing of Ray."""
 
 import sys
 import time
@@ -12,7 +12,7 @@ from jobs.blocks import STAGES
 from jobs.table.schema import PartFacts
 
 LINE_EVERY_S = 10.0  # between two lines in a log, at first
-LINE_SLOWDOWN = 1.1  # each pause is longer by this, up to the limit: a job of ten hours prints some 120 lines
+LINE_SLOWDOWN = 1.1  # each pause is longer by this factor, up to the limit: a job of ten hours prints some 120 lines
 LINE_AT_MOST_EVERY_S = 300.0
 RECENT_S = 60.0  # window of "RTFx now"
 STEPS_OF = {"feature": ("storage", "decode", "features"), "model": ("model",)}  # what each pool of actors does
@@ -40,7 +40,7 @@ class Tally:
     stage_s: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
 
     def add(self, facts: PartFacts, shards: int = 1) -> None:
-        """Add the counts of one file of the table, which holds so many shards."""
+        """Add the counts of one file of the table, which holds `shards` shards."""
         self.shards += shards
         for name in ("rows", "ok", "empty", "errors", "audio_s", "lost_s", "word_errors", "reference_words"):
             setattr(self, name, getattr(self, name) + getattr(facts, name))
@@ -54,16 +54,16 @@ class Tally:
 
 
 class ProgressDisplay:
-    """Shows how far a run is. Use as a context manager; call `update` after each committed shard.
+    """Shows the progress of a run. Use as a context manager; call `update` after each committed shard.
 
     Args:
         total_s: seconds of audio of the whole job, as planned.
-        done_s: of it, committed by earlier runs.
+        done_s: of these, committed by earlier runs.
     """
 
     def __init__(self, total_s: float, done_s: float, stream=None):
         self.total_s, self.before_s = total_s, done_s
-        # Of each process, in seconds since the start: when it began its first shard, when its last one was committed.
+        # For each process, in seconds since the start: when it began its first shard, and when its last was committed.
         self._workers: dict[str, dict[str, tuple[float, float]]] = {stage: {} for stage in STEPS_OF}
         self.tally = Tally()
         self.started = time.monotonic()
@@ -114,7 +114,7 @@ class ProgressDisplay:
     def model_idle_share(self) -> float | None:
         """Share of the time from a model actor's first shard to its last in which it did not run the model.
 
-        Actors that come late or go early, as on spot nodes, count for the time that they are there.
+        Actors that start late or end early, as on spot nodes, count for the time that they are there.
         """
         return round(max(0.0, 1 - self._busy("model")), 3) if self.tally.shards else None
 

@@ -1,4 +1,4 @@
-"""What a finished run tells: the receipt (OUTPUT/receipt.json), its summary in words, and the event log."""
+"""What a run leaves on record: the receipt (OUTPUT/receipt.json), its summary in words, and the event log."""
 
 import json
 import time
@@ -17,22 +17,22 @@ EVENTS_EVERY_S = 30.0  # between two files of the event log: object stores canno
 
 @dataclass(frozen=True)
 class Receipt:
-    """The account of a job: every item is in one of `ok`, `empty`, `errors`, every hour done or lost.
+    """The account of a job: every item is in one of `ok`, `empty`, `errors`, and every hour is done or lost.
 
     Attributes:
-        items_in: items of the input as planned; where tars hide how many they hold, rows of the table.
+        items_in: items of the input as planned; if tars hide how many they hold, the rows of the table.
         items_pending: planned items without a row; 0 in a complete job.
-        hours_in: hours_done + hours_lost; `hours_lost` as far as the input says how long its unreadable items are.
+        hours_in: hours_done + hours_lost; `hours_lost` as far as the input gives the length of its unreadable items.
         rtfx_end_to_end: seconds of audio committed by this run per second of its wall time.
-        wall_s: of this run; of it `preparation_s` for fetching the model, listing and planning.
+        wall_s: of this run, including `preparation_s` for fetching the model, listing and planning.
         wer: over rows with a reference; None without references.
         stage_seconds: step -> seconds of this run, summed over actors.
-        model_idle_share: of the time from each model actor's first shard to its last, 0 to 1.
+        model_idle_share: share of the time from each model actor's first shard to its last, 0 to 1.
         shards, shards_done, shards_this_run: planned; committed; committed by this run.
         complete: every planned shard has its part.
         fingerprint: of model and dtype.
         verification: the fields of `jobs.verify.Verification`; None if none was asked for.
-        accounted: the shards that the sums hold, as `jobs.table.shard_names.pack_shards` writes them.
+        accounted: the shards that the sums include, as `jobs.table.shard_names.pack_shards` writes them.
     """
 
     items_in: int
@@ -83,7 +83,7 @@ class Receipt:
 
 
 def add_to_receipt(output: Storage, **fields) -> None:
-    """Set fields of the receipt on storage, whichever run has written it."""
+    """Set fields of the receipt on storage, whichever run wrote it."""
     record = json.loads(output.read_bytes(RECEIPT_FILE)) | fields
     output.write_atomic(RECEIPT_FILE, json.dumps(record, indent=1).encode())
 
@@ -130,7 +130,7 @@ class EventLog:
         self.run = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:6]}"
         self._lines: list[str] = []
         self._restarted: set[str] = set()
-        self.not_compiled: dict[str, str] = {}  # worker -> why its model was not
+        self.not_compiled: dict[str, str] = {}  # worker -> why its model was not compiled
         self._files, self._flushed = 0, time.monotonic()
 
     def add(self, event: str, **values) -> None:
@@ -140,7 +140,7 @@ class EventLog:
             self.flush()
 
     def add_shard(self, result: dict) -> None:
-        """A committed shard, as `CommitShards` returns it; before the first of a restarted worker, a retry."""
+        """Add a committed shard, as `CommitShards` returns it; before the first of a restarted worker, add a retry."""
         for worker in ("feature_worker", "model_worker"):
             if result[f"{worker}_again"] and result[worker] not in self._restarted:
                 self._restarted.add(result[worker])

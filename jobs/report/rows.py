@@ -13,7 +13,7 @@ CONFIDENCE_WIDTHS = (0.005, 0.01, 0.02, 0.025, 0.05)
 RATE_WIDTHS = (0.25, 0.5, 1, 2, 5)
 MOST_BARS = 40
 TAIL = 0.005  # share of the values that one grey column at the end of a histogram may stand for
-FAR_OUT = 3.0  # times the distance of the quartiles, beyond either of them (Tukey 1977: "far out")
+FAR_OUT = 3.0  # times the distance between the quartiles, beyond either of them (Tukey 1977: "far out")
 FENCES_FROM = 20  # items: the quartiles of fewer say little
 RATE_STEP = 0.25  # characters per second: fences are moved outwards to a border of `stats.RATE_EDGES`
 HINT = "Often music, silence, another language or a wrong segment. A number in bold is far from the rest."
@@ -56,7 +56,7 @@ def confidence_figure(confidences: Histogram) -> Html:
 
 
 def rate_figure(rates: Histogram) -> Html:
-    """Characters per second: text without speech behind it, or speech without text, stands out here."""
+    """Characters per second: items with text but no speech, or speech but no text, stand out here."""
     if not rates.total:
         return figure("Characters per second", "No item has a text.")
     slow, fast = far_out_fences(rates)
@@ -127,7 +127,7 @@ def item_id(row: Row) -> Html:
 
 
 def far_out_fences(rates: Histogram) -> tuple[float, float]:
-    """Borders beyond which a value is far from all others; those of the histogram where it holds too few to tell."""
+    """Borders beyond which a value is far from the rest; those of the histogram if it holds too few values to tell."""
     end = float(rates.edges[-1])
     if rates.total < FENCES_FROM:
         return 0.0, end

@@ -20,7 +20,7 @@ from jobs.storage.files import Storage
 from jobs.table.parts import TABLE_FOLDER
 from parakeet_core.errors import InputError
 
-MAX_PARTS = 200  # read for one report: the shapes of the histograms are settled long before
+MAX_PARTS = 200  # read for one report: the shapes of the histograms settle with far fewer
 READ_THREADS = 8  # on an object store a part costs a few requests of 20-100 ms; each thread holds one row group
 BATCH_ROWS = 1024  # texts of three-hour items, 150 kB each, stay below 150 MB
 LEAST_CONFIDENT = 20
@@ -146,7 +146,7 @@ def read_part(output: Storage, name: str) -> TableStats:
             missing = set(COLUMNS) - set(parquet.schema_arrow.names)
             if missing:
                 return TableStats(unreadable=[(name, f"it has no column {', '.join(sorted(missing))}")])
-            for group in range(parquet.num_row_groups):  # one at a time: what is fetched ahead stays until the end
+            for group in range(parquet.num_row_groups):  # one at a time: prefetched data is kept until the end
                 for batch in parquet.iter_batches(BATCH_ROWS, [group], list(COLUMNS), use_threads=False):
                     stats.add(batch)
     except InputError as error:
@@ -170,7 +170,7 @@ def numbers(column: pa.Array) -> np.ndarray:
 
 
 def extreme_rows(batch: pa.RecordBatch, column: str, count: int, largest: bool = False) -> list[Row]:
-    """The rows with the smallest or largest finite values of a column, that first."""
+    """The rows with the smallest or largest finite values of a column, the most extreme first."""
     values = numbers(batch[column])
     order = np.argsort(-values if largest else values, kind="stable")
     order = order[np.isfinite(values[order])][:count]
@@ -194,8 +194,8 @@ def committed_over_time(throughput: Sequence[tuple[float, float]]) -> tuple[np.n
     """Equal intervals of a run, at most INTERVALS and no more than there are commits.
 
     Args:
-        throughput: (seconds since start, seconds of audio committed so far), ascending. What a commit brings is spread
-            over the time since the one before.
+        throughput: (seconds since start, seconds of audio committed so far), ascending. The audio of a commit is
+            spread over the time since the one before.
 
     Returns:
         Borders of the intervals in seconds, float64 [n + 1], and the audio seconds committed at each. Empty without

@@ -1,4 +1,4 @@
-"""The style sheet of the report: light or dark as the reader's system is, one column on a phone."""
+"""The style sheet of the report: light or dark as the reader's system is set, one column on a phone."""
 
 STYLE = """
 :root {

@@ -20,10 +20,10 @@ from jobs.storage.retrying import PATIENCE_S, retry_budget
 from parakeet_core.errors import ErrorKind, InputError
 
 MAX_BODY_BYTES = 2 << 30  # held in memory; more than any single recording should be
-HTTP_TIMEOUT_S = max(30, READ_TIMEOUT_S)  # of a socket call; web servers make some files only when asked
-# A server that sends a byte now and then meets no timeout, and would hold its shard, and so the job, for ever.
+HTTP_TIMEOUT_S = max(30, READ_TIMEOUT_S)  # of a socket call; web servers create some files only on request
+# A server that sends a byte now and then never causes a timeout, and would hold up its shard, and so the job, for ever.
 LEAST_BYTES_PER_S = 2_000  # speech at 16 kbit/s in real time
-SLOW_AFTER_S = 60.0  # from when on the body has to come at that rate on average
+SLOW_AFTER_S = 60.0  # after this time the body must have come at that rate on average
 
 
 class _PublicPeer:
@@ -56,7 +56,7 @@ class _HTTPSHandler(urllib.request.HTTPSHandler):
 
 
 def fetch_http(url: str, patience_s: float = PATIENCE_S) -> bytes:
-    """The body of `url`, whole. Failures that may pass are tried again for `patience_s`.
+    """The body of `url`, whole. Failures that may be temporary are retried for `patience_s`.
 
     Raises:
         InputError: BAD_RECORD (private address, not a URL), MISSING_OBJECT, FORBIDDEN, STORAGE or TOO_LONG.
@@ -82,21 +82,21 @@ def fetch_http(url: str, patience_s: float = PATIENCE_S) -> bytes:
 
 def _get(url: str) -> bytes:
     with _opener().open(_quoted(url), timeout=HTTP_TIMEOUT_S) as response:
-        announced = response.length  # None: up to the end of the connection, or chunks, which say themselves what lacks
+        announced = response.length  # None: until the connection ends, or chunks, which show by themselves what lacks
         body, done, started = io.BytesIO(), 0, time.monotonic()
         while done <= MAX_BODY_BYTES and done != announced and (piece := response.read1(1 << 20)):
             done += body.write(piece)
             passed_s = time.monotonic() - started
             if passed_s > SLOW_AFTER_S and done < LEAST_BYTES_PER_S * passed_s:
                 raise TimeoutError(f"{done} bytes in {passed_s:.0f} s, expected {LEAST_BYTES_PER_S} a second")
-    if announced is not None and done < min(announced, MAX_BODY_BYTES + 1):  # read1 ends early in silence
+    if announced is not None and done < min(announced, MAX_BODY_BYTES + 1):  # read1 does not report an early end
         raise http.client.IncompleteRead(b"", announced - done)
     return body.getvalue()
 
 
 def _opener() -> urllib.request.OpenerDirector:
     """http and https through guarded connections, and nothing else."""
-    # Not `build_opener`: it adds ftp, to which a redirect may lead, and a proxy, whose address would be checked.
+    # Not `build_opener`: it adds ftp, to which a redirect may lead, and a proxy, whose address would then be checked.
     opener = urllib.request.OpenerDirector()
     for handler in (
         _HTTPHandler,
@@ -111,7 +111,7 @@ def _opener() -> urllib.request.OpenerDirector:
 
 
 def _quoted(url: str) -> str:
-    """`url` with spaces and letters outside ASCII percent-encoded, as browsers do; what is encoded already stays."""
+    """`url` with spaces and letters outside ASCII percent-encoded, as browsers do; what is already encoded stays."""
     parts = urlsplit(url)
     path, query = (quote(part, safe=string.punctuation) for part in (parts.path, parts.query))
     return parts._replace(path=path, query=query).geturl()

@@ -88,12 +88,12 @@ class SourceReader:
 
 @contextmanager
 def _item_errors(source: str) -> Iterator[None]:
-    """What is wrong with the source's name, not with its storage, as the item's error."""
+    """Turn errors in the source's name, as opposed to its storage, into the item's error."""
     try:
         yield
-    except ConfigError as error:  # a scheme without its package: on this machine the item cannot be had
+    except ConfigError as error:  # the scheme's package is missing: the item cannot be read on this machine
         raise InputError(ErrorKind.STORAGE, str(error)) from error
-    except ValueError as error:  # s3fs, for a URL that names a bucket and no object
+    except ValueError as error:  # from s3fs, for a URL that names a bucket but no object
         message = (
             f"{scrub(source)[:200]!r} does not name an object ({scrub(str(error))[:200]}); expected s3://bucket/key"
         )

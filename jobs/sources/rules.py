@@ -39,7 +39,7 @@ class SourceRules:
         """The absolute path or URL that `path` means in a manifest that lies in `folder` (a path or URL).
 
         Raises:
-            InputError: BAD_RECORD, what the rules refuse.
+            InputError: BAD_RECORD, if the rules refuse it.
         """
         if not path or "\0" in path:
             raise _refused(path, "is empty or holds a NUL", "name an audio file")
@@ -81,7 +81,7 @@ class SourceRules:
 
 
 def check_host(url: str) -> None:
-    """Refuse an http URL whose host is, by its text, not on the public internet.
+    """Refuse an http URL whose host, judged by its text, is not on the public internet.
 
     Raises:
         InputError: BAD_RECORD.
@@ -91,12 +91,12 @@ def check_host(url: str) -> None:
         host = (parts.hostname or "").rstrip(".").lower()
     except ValueError as error:
         raise _refused(url, "is not a URL", "check it") from error
-    if "@" in parts.netloc:  # urllib takes it for part of the host, and says it in its error
+    if "@" in parts.netloc:  # urllib takes it for part of the host, and shows it in its error
         raise _refused(url, "holds a user or password", "give a signed URL")
     if not host or any(host == name or (name.startswith(".") and host.endswith(name)) for name in _PRIVATE_NAMES):
         raise _refused(url, "names a host that is not on the public internet", "copy the audio to object storage")
     try:
-        address = socket.inet_ntoa(socket.inet_aton(host))  # also 2852039166, 0xa9fea9fe and 169.16689662
+        address = socket.inet_ntoa(socket.inet_aton(host))  # also for 2852039166, 0xa9fea9fe and 169.16689662
     except OSError:
         address = host
     if not is_public(address, default=True):
@@ -104,7 +104,7 @@ def check_host(url: str) -> None:
 
 
 def is_public(address: str, default: bool = False) -> bool:
-    """Whether a literal IP address is on the public internet; `default` for what is not an address."""
+    """Whether a literal IP address is on the public internet; `default` for anything that is not an address."""
     try:
         parsed = ipaddress.ip_address(address.split("%", 1)[0])
     except ValueError:

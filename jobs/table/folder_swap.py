@@ -1,6 +1,6 @@
-"""Two folders of one local disk change places in one step, so that no reader sees anything between.
+"""Swap two folders on one local disk in one step, so that no reader sees a state in between.
 
-Python has no call for it; Linux has: renameat2 with RENAME_EXCHANGE (since 3.15; ext4, xfs, btrfs, tmpfs, overlayfs).
+Python has no call for it, Linux has: renameat2 with RENAME_EXCHANGE (since 3.15; ext4, xfs, btrfs, tmpfs, overlayfs).
 """
 
 import ctypes
@@ -14,10 +14,10 @@ AT_FDCWD, RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 
 
 def swap_folder(folder: str, beside: str, kept: Iterable[str]) -> bool:
-    """Complete the folder `beside` with the files `kept` of `folder`, as hard links, and let the two change places.
+    """Complete the folder `beside` with the files `kept` of `folder`, as hard links, and swap the two folders.
 
     Returns:
-        False if this system cannot; nothing has changed then.
+        False if this system cannot do it; then `folder` is unchanged.
     """
     try:
         for name in kept:
@@ -33,7 +33,7 @@ def swap_folder(folder: str, beside: str, kept: Iterable[str]) -> bool:
 
 
 def _link(source: str, target: str) -> None:
-    """A hard link; one of an earlier try may be of a file that was replaced since."""
+    """Make a hard link; one left by an earlier try may be to a file that has been replaced since."""
     if os.path.exists(target) and not os.path.samefile(source, target):
         os.unlink(target)
     if not os.path.exists(target):
@@ -41,11 +41,11 @@ def _link(source: str, target: str) -> None:
 
 
 def recover_folder(folder: str, old: str, shards: set[str]) -> None:
-    """Bring from `old` into `folder` what belongs there: parts that a job committed while the two changed places, and
-    what others have put beside the files of the table, as `_SUCCESS` or `_delta_log/`.
+    """Move from `old` into `folder` what belongs there: parts that a job committed during the swap, and what other
+    programs have put beside the files of the table, such as `_SUCCESS` or `_delta_log/`.
 
     Args:
-        shards: that `folder` holds.
+        shards: the shards that `folder` holds.
     """
     for name in os.listdir(old):
         found, there = PART_NAME.match(name), f"{folder}/{name}"

@@ -1,7 +1,7 @@
 """Small parts of the table -> one large file of the same rows, ordered by id, in bounded memory.
 
-Each part is sorted on its own and waits on local disk; then row group after row group is gathered from all of them. In
-memory are the ids, one row group and one part. Knows nothing of which files are merged or where the result goes.
+Each part is sorted on its own and kept on local disk; then one row group after another is gathered from all of them.
+Memory holds the ids, one row group and one part. Knows nothing of which files are merged or where the result goes.
 """
 
 import tempfile
@@ -25,7 +25,7 @@ ROW_GROUP_BYTES = 128 << 20  # in memory; fewer rows of long items
 def merge_parts(output: Storage, names: Sequence[str], metadata: dict[bytes, bytes], target: Path) -> int:
     """Write the rows of the parts `names` to the local file `target`; returns how many.
 
-    The same parts give the same bytes. Rows of one id, which a table does not have, would stay as they are.
+    The same parts give the same bytes. Rows that share an id, which a table does not have, would all be kept.
     """
     with tempfile.TemporaryDirectory(prefix="parakeet-merge-", dir=target.parent) as folder:
         runs = [_sorted_run(output, name, Path(folder, f"{number}.arrow")) for number, name in enumerate(names)]
@@ -39,7 +39,7 @@ def merge_parts(output: Storage, names: Sequence[str], metadata: dict[bytes, byt
 
 
 def _sorted_run(output: Storage, name: str, path: Path) -> pa.Table:
-    """The rows of a part, ordered by id, as a table that is mapped from disk."""
+    """The rows of a part, ordered by id, as a table memory-mapped from disk."""
     try:
         with storage_errors(output.source(name), output.options), output.open(name) as file:
             table = pq.read_table(file, schema=TRANSCRIPT_SCHEMA)
@@ -56,7 +56,7 @@ def _group_rows(rows: int, size_bytes: int) -> int:
 
 
 def _merged(runs: list[pa.Table], group_rows: int) -> Iterator[pa.Table]:
-    """Tables of about `group_rows` rows, each ordered by id and wholly before the next."""
+    """Tables of about `group_rows` rows, each ordered by id, all its ids before those of the next."""
     ids = pa.chunked_array([chunk for run in runs for chunk in run["id"].chunks], pa.string())
     order = pc.sort_indices(ids)
     borders = ids.take(order[group_rows::group_rows]).to_pylist()

@@ -10,7 +10,7 @@ import pyarrow as pa
 from parakeet_core.words import Word
 
 SCHEMA_VERSION = 1
-METADATA_PREFIX = "parakeet."  # of the key-value metadata of each part
+METADATA_PREFIX = "parakeet."  # of the keys in each part's metadata
 
 WORD_TYPE = pa.struct(
     [
@@ -26,11 +26,11 @@ TRANSCRIPT_SCHEMA = pa.schema(
         pa.field("source", pa.string(), nullable=False),
         pa.field("member", pa.string()),
         pa.field("offset_s", pa.float64()),
-        pa.field("duration_s", pa.float64()),  # decoded; of an error, what the input says, or null
+        pa.field("duration_s", pa.float64()),  # as decoded; for an error, what the input says, or null
         pa.field("channel", pa.int32()),
         pa.field("sample_rate_hz", pa.int32()),  # of the source
         pa.field("status", pa.string(), nullable=False),  # "ok", "empty" (nothing was said) or "error"
-        pa.field("text", pa.string()),  # null of an error, "" of an empty item
+        pa.field("text", pa.string()),  # null for an error, "" for an empty item
         pa.field("confidence", pa.float32()),
         pa.field("words", pa.list_(WORD_TYPE)),
         pa.field("chars_per_s", pa.float32()),
@@ -52,8 +52,8 @@ class PartFacts:
 
     Attributes:
         audio_s: seconds transcribed (rows `ok` and `empty`).
-        lost_s: seconds of error rows, as far as the input says them.
-        word_errors, reference_words: over rows with a reference, to sum up the WER.
+        lost_s: seconds of error rows, as far as the input gives them.
+        word_errors, reference_words: over rows with a reference, from which the total WER is computed.
         errors_by_kind: error_kind -> rows.
     """
 
@@ -69,10 +69,10 @@ class PartFacts:
 
 
 def normalise_words(text: str) -> str:
-    """Lower case, letters with their marks, digits and apostrophes (as typewriters have them) only, composed (NFC).
+    """In lower case, with only letters, their marks, digits and straight apostrophes, composed (NFC).
 
-    What the `wer` column compares. A regular expression's word characters have no marks: it would cut words at the
-    vowel signs of Hindi, and at the accents of texts that are decomposed, as some corpora are.
+    This is what the `wer` column compares. The word characters of a regular expression do not include marks: it would
+    cut words at the vowel signs of Hindi, and at the accents of decomposed texts, as some corpora have them.
     """
     composed = unicodedata.normalize("NFC", text.lower().replace("\u2019", "'"))
     return " ".join("".join(character if _in_word(character) else " " for character in composed).split())
@@ -83,7 +83,7 @@ def _in_word(character: str) -> bool:
 
 
 def word_error_rate(reference: str, text: str) -> float | None:
-    """Word errors over reference words after `normalise_words`; None where the reference has no words."""
+    """Word errors over reference words after `normalise_words`; None if the reference has no words."""
     reference, text = normalise_words(reference), normalise_words(text)
     return jiwer.wer(reference, text) if reference else None
 
@@ -144,5 +144,5 @@ def file_metadata(provenance: dict[str, str], facts: PartFacts, held: dict[str, 
 
 
 def facts_of_metadata(metadata: dict[bytes, bytes]) -> PartFacts:
-    """The counts that `file_metadata` stored. Raises KeyError or ValueError for a part of another program."""
+    """The counts that `file_metadata` stored. Raises KeyError or ValueError for another program's part."""
     return PartFacts(**json.loads(metadata[f"{METADATA_PREFIX}facts".encode()]))

@@ -1,4 +1,4 @@
-"""What several files of kills share: one input, and its table of a run that nobody disturbed."""
+"""What several test files about kills share: one input, and its table from an undisturbed run."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ def source(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def options() -> tuple[str, ...]:
-    """Of every run over `source`."""
+    """Options of every run over `source`."""
     return OPTIONS
 
 

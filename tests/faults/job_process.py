@@ -1,4 +1,4 @@
-"""The job as a process of its own, with its own Ray, to be killed; and the processes that belong to it."""
+"""The job as a separate process, with its own Ray, to be killed; and the processes that belong to it."""
 
 import json
 import os
@@ -43,7 +43,7 @@ def wait_until(condition: Callable[[], bool], what: str) -> None:
 
 
 def transcription(source: Path, output: Path) -> list[str]:
-    """Module and arguments of the job over the carried model."""
+    """Module and arguments of the job with the bundled model."""
     given = ["--input", str(source), "--output", str(output), "--model", str(TINY_EN), "--device", "cpu"]
     return ["jobs.transcribe", *given]
 
@@ -66,7 +66,7 @@ class JobProcess:
         )
 
     def command(self, source: Path, output: Path) -> list[str]:
-        """Module and arguments; another job has others."""
+        """Module and arguments; a subclass for another job returns others."""
         return transcription(source, output)
 
     def parts(self) -> int:
@@ -74,7 +74,7 @@ class JobProcess:
         return count_parts(self.output)
 
     def wait_for_parts(self, count: int) -> None:
-        """Until so many parts are committed; fails if the job ends before."""
+        """Wait until so many parts are committed; fails if the job ends before that."""
         self.wait_until(lambda: self.parts() >= count, f"{count} parts")
 
     def wait_until(self, condition, what: str) -> None:
@@ -103,7 +103,7 @@ class JobProcess:
                 continue
 
     def finish(self) -> tuple[int, str]:
-        """(exit status, what it printed), after its last process has gone."""
+        """(exit status, what the job printed), after its last process has gone."""
         printed, _ = self.process.communicate(timeout=WAIT_S)
         deadline = time.monotonic() + 30
         while self.members() and time.monotonic() < deadline:
@@ -113,12 +113,12 @@ class JobProcess:
 
 
 def run_job(source: Path, output: Path, *options: str, variables: dict[str, str] | None = None) -> tuple[int, str]:
-    """Run the job to its end, with further environment variables."""
+    """Run the job to its end, with additional environment variables."""
     return JobProcess(source, output, *options, variables=variables).finish()
 
 
 def write_manifest(path: Path, repeats: int) -> int:
-    """A manifest of the carried prompts, each several times under its own id; the number of items."""
+    """Write a manifest of the bundled prompts, each several times under its own id; returns the number of items."""
     lines = (PROMPTS / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
     with open(path, "w", encoding="utf-8") as file:
         for repeat in range(repeats):

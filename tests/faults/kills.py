@@ -1,4 +1,4 @@
-"""The kills that the job must outlive, each by real signals to real processes. For the tests and for long_run.py."""
+"""The kills that the job must survive, each by real signals to real processes. For the tests and for long_run.py."""
 
 import os
 import random
@@ -15,7 +15,7 @@ from ray_nodes import RayNodes
 
 HOOKS = Path(__file__).with_name("hooks")
 DEVICE_HOOKS = Path(__file__).with_name("device_hooks")
-APART = ("--feature-actors", "1:1", "--model-actors", "1:1")  # the three stages as actors of their own
+APART = ("--feature-actors", "1:1", "--model-actors", "1:1")  # the three stages as separate actors
 ACTORS = {"model": "RecogniseShards", "feature": "PrepareShards", "commit": "CommitShards"}
 
 
@@ -24,7 +24,7 @@ class Trial:
     """One output, transcribed through a fault.
 
     Attributes:
-        rng: where every random moment comes from.
+        rng: the source of every random moment.
         printed: what the runs of the job have printed.
     """
 
@@ -38,12 +38,12 @@ class Trial:
         return JobProcess(self.source, self.output, *self.options, *options, variables=variables)
 
     def wait_for_middle(self, job: JobProcess) -> None:
-        """Until some random moment after its next part."""
+        """Wait until a random moment after its next part."""
         job.wait_for_parts(job.parts() + self.rng.randint(1, 3))
         time.sleep(self.rng.random())
 
     def end(self, job: JobProcess) -> int:
-        """Wait until the job has ended; its exit status."""
+        """Wait until the job has ended; returns its exit status."""
         status, printed = job.finish()
         self.printed.append(printed)
         return status
@@ -59,7 +59,7 @@ Fault = Callable[[Trial], None]  # runs the job and kills
 
 
 def resumed(fault: Fault) -> Fault:
-    """A fault that ends the run, and the same command again."""
+    """A fault that ends the run, followed by the same command again."""
 
     def both(trial: Trial) -> None:
         fault(trial)
@@ -69,7 +69,7 @@ def resumed(fault: Fault) -> Fault:
 
 
 def kill_driver(trial: Trial) -> None:
-    """The processes of its Ray then end by themselves."""
+    """Kill the driver only: the processes of its Ray then end by themselves."""
     job = trial.start()
     trial.wait_for_middle(job)
     job.kill_driver()
@@ -94,7 +94,7 @@ def terminate_driver(trial: Trial) -> None:
 
 
 def kill_actor(kind: str) -> Fault:
-    """Of the three stages apart. The run goes on by itself."""
+    """Kill an actor of the three separate stages. The run continues by itself."""
 
     def fault(trial: Trial) -> None:
         job = trial.start(*APART)
@@ -115,7 +115,7 @@ def kill_chained_actor(trial: Trial) -> None:
 
 
 def fail_device(trial: Trial) -> None:
-    """The model's device fails one of its workers (tests/faults/device_hooks). The run goes on by itself."""
+    """The model's device fails in one of its workers (tests/faults/device_hooks). The run continues by itself."""
     counter = trial.output.with_name(f"{trial.output.name}.failures")
     counter.mkdir()
     hooks = {
@@ -135,7 +135,7 @@ def kill_one(job: JobProcess, name: str, rng: random.Random) -> None:
 
 
 def kill_in_commits(*moments: str, victim: str) -> Fault:
-    """At moments of commits on local disk (tests/faults/hooks): worker after worker, or everything at one moment."""
+    """Kill at moments of commits on local disk (tests/faults/hooks): worker after worker, or everything at once."""
 
     def fault(trial: Trial) -> None:
         commits = [trial.rng.randint(1, 4) + 4 * number for number in range(len(moments))]
@@ -159,7 +159,7 @@ def on(cluster: RayNodes) -> tuple[str, ...]:
 
 
 def kill_node(cluster: RayNodes) -> Fault:
-    """One of two worker nodes beside a head. The run goes on, on the other; a new node comes for the next trial."""
+    """Kill one of two worker nodes beside a head. The run continues on the other; the next trial gets a new node."""
 
     def fault(trial: Trial) -> None:
         job = trial.start(*on(cluster), variables=cluster.environment)
@@ -191,7 +191,7 @@ def stop_job(cluster: RayNodes) -> Fault:
 
 
 def submit(trial: Trial, cluster: RayNodes, name: str, *options: str) -> str:
-    """`ray job submit` of the job from a working directory; what it printed."""
+    """`ray job submit` of the job from a working directory; returns what it printed."""
     command = ["python", "-m", *transcription(trial.source, trial.output), *trial.options]
     upload = ["--working-dir", str(Path(__file__).resolve().parents[2])]
     done = cluster.run_ray("job", "submit", "--submission-id", name, *options, *upload, "--", *command)
@@ -201,7 +201,7 @@ def submit(trial: Trial, cluster: RayNodes, name: str, *options: str) -> str:
 
 
 def start_two(trial: Trial) -> None:
-    """Two drivers on one output at the same moment, which cut the input differently: one goes on, one is told."""
+    """Two drivers that cut the input differently, on one output at the same moment: one continues, one is refused."""
     jobs = [JobProcess(trial.source, trial.output, "--shard-audio-s", seconds) for seconds in ("50", "60")]
     statuses = [trial.end(job) for job in jobs]
     assert 0 in statuses, trial.printed
@@ -212,11 +212,11 @@ def start_two(trial: Trial) -> None:
 
 @dataclass(frozen=True)
 class Account:
-    """What a table lacks or holds twice, against a run that was never disturbed."""
+    """What a table lacks or holds twice, compared with an undisturbed run."""
 
     missing: int
     twice: int
-    other: int  # rows with another text than the undisturbed ones
+    other: int  # rows whose text differs from the undisturbed ones
 
     @property
     def is_right(self) -> bool:

@@ -2,7 +2,7 @@
 
     python tests/faults/long_run.py [--seed N] [--tries 5] [--kills 20] [--only NAME ...]
 
-Prints a Markdown row per fault as soon as it is done, and exits with 1 if a row was missing or there twice.
+Prints a Markdown row per fault as soon as it is done, and exits with 1 if any item's row was missing or there twice.
 """
 
 import argparse
@@ -47,7 +47,7 @@ from ray_nodes import RayNodes  # noqa: E402
 SHORT_REPEATS, LONG_REPEATS = 3, 80  # of 44 prompts: 10 minutes and 4.3 hours of audio
 OPTIONS = ("--shard-audio-s", "30")
 LONGEST_PAUSE_S = 6.0  # before a random kill
-KILLS_AT_WORK = 0.8  # of the random kills wait for a part first; the others fall into a start, however slow it is
+KILLS_AT_WORK = 0.8  # share of random kills that wait for a part first; the others hit the start, however slow it is
 
 
 def local_faults() -> dict[str, tuple[Fault, str]]:
@@ -119,7 +119,7 @@ class LongRun:
         print(f"| {name} | {times} | {missing} | {twice} | {other} | {seconds} |", flush=True)
 
     def random_kills(self, kills: int) -> None:
-        """One long run, in which at random moments the driver, all of Ray or an actor is killed."""
+        """One long run, in which the driver, all of Ray or an actor is killed at random moments."""
         self.source = self.folder / "long.jsonl"
         self.items = write_manifest(self.source, LONG_REPEATS)
         self.baseline("long", lambda trial: trial.resume(*APART))
@@ -156,7 +156,7 @@ class LongRun:
 
 
 def strike(job: JobProcess, kind: str, rng: random.Random) -> str | None:
-    """Kill one of the job's processes; None if there is none of that kind just now."""
+    """Kill one of the job's processes; None if there is none of that kind at the moment."""
     if kind == "driver":
         job.kill_driver()
     elif kind == "all of Ray":

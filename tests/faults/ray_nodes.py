@@ -1,4 +1,4 @@
-"""A Ray cluster of several nodes on this machine, each the processes of its own `ray start`, to be killed."""
+"""A Ray cluster of several nodes on this machine, each with the processes of its own `ray start`, to be killed."""
 
 import json
 import os
@@ -30,9 +30,9 @@ class RayNodes:
     """A head, and nodes that come and go. Use as a context manager.
 
     Args:
-        head_cpus: of the head; by default it does no work.
+        head_cpus: CPUs of the head; by default it does no work.
         grows_by: resources of a node that Ray's autoscaler adds, at most two, and takes away when they are idle.
-        quick: notice a dead node after 5 s; by default Ray does after 15, which is what clusters do.
+        quick: notice a dead node after 5 s, not after 15 s as Ray does by default and in clusters.
 
     Attributes:
         address: for `--ray-address`.
@@ -111,7 +111,7 @@ class RayNodes:
         options.append(f"--resources={json.dumps(custom)}")
         try:
             node = self._start(options, cpus)
-        except RuntimeError:  # Ray gives a node 30 s to start, which is short on a machine with ten other runs
+        except RuntimeError:  # Ray gives a node 30 s to start, too little on a machine with ten other runs
             node = self._start(options, cpus)
         self.nodes.append(node)
         return node
@@ -119,7 +119,7 @@ class RayNodes:
     def _start(self, options: list[str], cpus: int) -> subprocess.Popen:
         command = [RAY, "start", "--block", f"--num-cpus={cpus}", *options]
         command += [f"--object-store-memory={OBJECT_STORE_BYTES}", f"--memory={NODE_BYTES}"]
-        # Ports that are given are not waited for: a raylet gives up when an agent needs over 15 s to say its own.
+        # Ports given here are not waited for: a raylet gives up if an agent takes over 15 s to report one of its own.
         command += [f"--{port}={free_port()}" for port in AGENT_PORTS]
         log = open(f"{self.folder}/start-{len(self.nodes)}-{time.monotonic_ns()}.log", "w")  # noqa: SIM115 - the process writes it
         node = subprocess.Popen(
@@ -135,7 +135,7 @@ class RayNodes:
 
     @staticmethod
     def kill_node(node: subprocess.Popen) -> None:
-        """kill -9 of every process of a node, as a spot node goes."""
+        """kill -9 of every process of a node, as when a spot node is lost."""
         for pid in session_members(node.pid):
             try:
                 os.kill(pid, signal.SIGKILL)
@@ -144,7 +144,7 @@ class RayNodes:
         node.wait()
 
     def run_ray(self, *arguments: str) -> subprocess.CompletedProcess:
-        """A command of `ray job` against this cluster."""
+        """Run a command of `ray job` against this cluster."""
         environment = self.environment | {"RAY_API_SERVER_ADDRESS": self.dashboard_url}
         return subprocess.run(
             [RAY, *arguments], cwd=REPO, env=environment, capture_output=True, text=True, timeout=WAIT_S, check=False

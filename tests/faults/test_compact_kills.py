@@ -1,7 +1,7 @@
-"""Merging of parts is killed with -9 at random moments and run again, while a plain reader looks on.
+"""Merging of parts is killed with -9 at random moments and run again, while a plain reader watches.
 
 On local disk the reader must see each item exactly once at every moment. On an object store no item is ever missing,
-and each is there once when the command has been run to its end. Random moments come from SEED, which is printed.
+and each is there once after the command has run to its end. Random moments come from SEED, which is printed.
 """
 
 import os
@@ -25,7 +25,7 @@ from jobs.storage.files import Storage  # noqa: E402
 SEED = int(os.environ.get("FAULT_SEED", "20261122"))
 KILLS = int(os.environ.get("FAULT_KILLS", "4"))
 COMMAND = "import sys; from jobs.compact import main; print('ready', flush=True); sys.exit(main(sys.argv[1:]))"
-OPTIONS = ("--replace", "--target-mb", "0.03")  # parts here are some 8 KB: several files come out
+OPTIONS = ("--replace", "--target-mb", "0.03")  # parts here are some 8 KB: the result is several files
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def output(request, finished, tmp_path, monkeypatch) -> Storage:
 
 
 def start(output: Storage) -> subprocess.Popen:
-    """The command, at the moment when its modules are loaded and the work begins."""
+    """Start the command; returns when its modules are loaded and the work begins."""
     command = [sys.executable, "-c", COMMAND, "--output", output.url, *OPTIONS]
     process = subprocess.Popen(command, cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert process.stdout.readline() == "ready\n"
@@ -60,7 +60,7 @@ def start(output: Storage) -> subprocess.Popen:
 
 
 def ids_seen(output: Storage) -> Counter:
-    """How often each id is in the table; lists again where a listed file has gone."""
+    """How often each id is in the table; lists again if a listed file is gone."""
     while True:
         try:
             return Counter(row["id"] for row in read_by_glob(output, "transcripts"))

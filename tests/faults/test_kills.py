@@ -1,4 +1,4 @@
-"""The job is killed and run again: the table must be that of a run that was never disturbed.
+"""The job is killed and run again: the table must be that of an undisturbed run.
 
 Every kill is a real signal to a real process. Random moments come from SEED, which is printed. `long_run.py` does
 the same many times over.

@@ -1,4 +1,4 @@
-"""Items that really crash their process, hang in it and eat its memory: each costs its row, and the job some time.
+"""Items that really crash their process, hang it or exhaust its memory: each costs its row, and the job some time.
 
 What they do to the processes of the job is in `tests/poison/sitecustomize.py`; the job runs as it always does.
 """
@@ -16,7 +16,7 @@ EXIT_OVER_BUDGET = 3
 MESSAGES = {
     "crash": "crashed with signal SIGSEGV",
     "crash at open": "crashed with signal SIGSEGV",
-    "hang": "ran longer than 12 s",  # of a file of 32 kB: 10 s, and 1 s for each 20 kB
+    "hang": "ran longer than 12 s",  # for a file of 32 kB: 10 s, and 1 s for each 20 kB
     "eat": "needed more than 4 GiB of memory",
 }
 REPEATS = 2  # of 44 prompts
@@ -25,7 +25,7 @@ OPTIONS = ("--shard-audio-s", "60", "--model-actors", "1:2")
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> Path:
-    """The carried prompts, and among them one file for each deed, without a length: planning opens it as well."""
+    """The bundled prompts, and among them one file per deed, without a length: so planning opens it as well."""
     folder = tmp_path_factory.mktemp("in")
     write_manifest(folder / "items.jsonl", REPEATS)
     lines = (folder / "items.jsonl").read_text(encoding="utf-8").splitlines()
@@ -70,7 +70,7 @@ def test_each_poisoned_item_costs_its_row_only(source, tmp_path):
     }
     print(f"undisturbed {undisturbed_s:.1f} s, poisoned {wall_s:.1f} s")
     # A hang costs its limit three times: in a worker, in a process that had other items, and in a new one. Each deed
-    # may cost a worker, which takes less time to start than an undisturbed job.
+    # may cost a worker, and starting one takes less time than an undisturbed job.
     assert wall_s - undisturbed_s < 3 * 12 + len(MESSAGES) * undisturbed_s
 
     status, printed, _ = run(source, tmp_path / "out", "--max-error-rate", "0.1")

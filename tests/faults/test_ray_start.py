@@ -1,4 +1,4 @@
-"""Ray that does not start: nothing is done, one line says so, and the same command does it later."""
+"""Ray does not start: nothing is done, one line says so, and the same command works later."""
 
 import os
 import signal

@@ -1,7 +1,7 @@
-"""Model actors on a cluster that starts without a place for them, gains two, loses one, and is left by all in the end.
+"""Model actors on a cluster that starts without a place for them, gains two, loses one, and is free of them at the end.
 
-What a model actor takes is a GPU that is none, or a custom resource. Nodes that have it are added by hand, and once by
-Ray's autoscaler.
+A model actor takes a pretended GPU or a custom resource. Nodes that have it are added by hand, and once by Ray's
+autoscaler.
 """
 
 import json
@@ -25,9 +25,9 @@ def test_model_actors_come_go_and_leave_with_their_nodes(source, options, undist
     trial = Trial(source, tmp_path / "out", options, random.Random(0))
     shards = len(parts_of(undisturbed))
     with RayNodes(head_cpus=2, quick=True) as cluster:
-        # More feature actors are wanted than CPUs are there: the model actors must find theirs all the same.
+        # More feature actors are wanted than there are CPUs: the model actors must still find a place.
         pools = ("--model-resource", "GPU", "--model-actors", "1:2", "--feature-actors", "1:8")
-        impatient = {"RAY_DATA_EXECUTION_NO_PROGRESS_TIMEOUT_S": "3"}  # Ray Data's own; the job must wait for longer
+        impatient = {"RAY_DATA_EXECUTION_NO_PROGRESS_TIMEOUT_S": "3"}  # Ray Data's limit; the job must wait longer
         job = trial.start("--ray-address", cluster.address, *pools, variables=cluster.environment | impatient)
         job.wait_until(lambda: actors(cluster.head, "PrepareShards"), "feature actors")
         assert not job.parts()
@@ -35,9 +35,9 @@ def test_model_actors_come_go_and_leave_with_their_nodes(source, options, undist
         first = cluster.add_node(cpus=1, resources=SLOT)
         job.wait_for_parts(1)
         (first_model,) = actors(first, "RecogniseShards")
-        os.kill(first_model, signal.SIGSTOP)  # as slow as a worker can be: it keeps the shards in its hands
+        os.kill(first_model, signal.SIGSTOP)  # as slow as a worker can be: it keeps the shards that it holds
         second = cluster.add_node(cpus=1, resources=SLOT)
-        job.wait_for_parts(shards - HELD)  # the second does all others
+        job.wait_for_parts(shards - HELD)  # the second does all the others
         (second_model,) = actors(second, "RecogniseShards")
 
         cluster.nodes.remove(first)
@@ -54,7 +54,7 @@ def test_model_actors_come_go_and_leave_with_their_nodes(source, options, undist
 @pytest.mark.slow
 @pytest.mark.parametrize(("resource", "repeats"), [("slot", 12), ("GPU", 40)])
 def test_the_autoscaler_brings_nodes_while_there_is_work(resource, repeats, tmp_path):
-    """0, 2 and 0 nodes. Ray Data asks for a second GPU when it has seen how fast stages are, after half a minute."""
+    """0, 2 and 0 nodes. Ray Data asks for a second GPU after half a minute, when it knows the speed of the stages."""
     items = write_manifest(tmp_path / "items.jsonl", repeats)
     trial = Trial(tmp_path / "items.jsonl", tmp_path / "out", ("--shard-audio-s", "60"), random.Random(0))
     with RayNodes(head_cpus=2, grows_by={"CPU": 1, resource: 1}) as cluster:

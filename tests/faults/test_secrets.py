@@ -1,4 +1,4 @@
-"""Credentials and signed URLs go through a real job that meets errors of many kinds; nothing that it writes holds them.
+"""Credentials and signed URLs in a real job that meets errors of many kinds: nothing that it writes contains them.
 
 Searched: every file under the output (columns of Parquet files too, which are compressed), what the job prints, and all
 files of its Ray session.
@@ -23,7 +23,7 @@ HOST = "https://audio.invalid"  # a name that never resolves: the item is an err
 
 
 def manifest_lines(good: list[str]) -> list[str]:
-    """Lines of every fate: read, unreadable for each reason, and no item at all; most hold a canary."""
+    """Lines of every outcome: read, unreadable for each reason, and no item at all; most hold a canary."""
     records = [{"audio_filepath": name} for name in good]
     records += [
         {"audio_filepath": "broken.flac", "page": f"{HOST}/page?lang=en&X-Amz-Signature={SIGNATURE}"},

@@ -1,7 +1,7 @@
 """The real job over a real S3 server that fails on purpose, and over a full disk.
 
-What passes must leave no trace in the table. What stays must end the run in bounded time with one line that says why,
-and a rerun after it must give the table of a run that was never disturbed.
+A fault that passes must leave no trace in the table. A fault that stays must end the run in bounded time with one line
+that says why, and a rerun after it must give the table of an undisturbed run.
 """
 
 import io
@@ -29,12 +29,12 @@ from jobs.transcribe import main
 
 SEED = int(os.environ.get("FAULT_SEED", "20261122"))
 PROMPTS_READ = 44
-PATIENCE_S = 5  # instead of 90: a fault that stays should not cost a test minutes
-END_S = 240  # a run that cannot go on has ended by then: patience, retries in hand, and the start of Ray, on busy cores
+PATIENCE_S = 5  # instead of 90: a fault that stays should not cost the test minutes
+END_S = 240  # a run that cannot continue has ended by then: patience, pending retries, start of Ray, on busy cores
 
 
 class Bucket:
-    """A bucket with the carried prompts under `in/`, reached by jobs through a proxy."""
+    """A bucket with the bundled prompts under `in/`; jobs reach it through a proxy."""
 
     def __init__(self, server, proxy: FaultProxy):
         self.server, self.proxy, self.name = server, proxy, server.bucket()
@@ -46,7 +46,7 @@ class Bucket:
         return main([*arguments, *options])
 
     def parts(self, output: str) -> dict[str, bytes]:
-        """Name -> content, past the proxy."""
+        """Name -> content, bypassing the proxy."""
         return part_bytes(self.server.folder / self.name / output)
 
     def options(self, **options) -> StorageOptions:
@@ -63,7 +63,7 @@ def bucket(s3_server):
 
 @pytest.fixture
 def proxy(bucket):
-    """The proxy, which fails in this test only."""
+    """The proxy; its faults are for this test only."""
     bucket.proxy.made.clear()
     yield bucket.proxy
     bucket.proxy.plan, bucket.proxy.listing_lag_s = no_fault, 0.0
@@ -79,7 +79,7 @@ def undisturbed(bucket, ray_cluster) -> dict[str, bytes]:
 
 
 class Watcher(threading.Thread):
-    """Reads every part that the server shows, all the time; keeps those that are not whole."""
+    """Continuously reads every part that the server shows; keeps those that are not whole."""
 
     def __init__(self, storage: Storage):
         super().__init__(daemon=True)
@@ -104,7 +104,7 @@ class Watcher(threading.Thread):
 
 
 def first_of(matches, fault: str, otherwise: Plan = no_fault) -> Plan:
-    """The first request that matches fails, the others as `otherwise` says."""
+    """The first request that matches fails, the others fail or not as `otherwise` says."""
     lock, done = threading.Lock(), []
 
     def plan(request: Request) -> str | None:
@@ -170,7 +170,7 @@ def test_a_fault_that_stays_ends_the_run_and_a_rerun_finishes_it(fault, bucket, 
 def test_credentials_that_expire_stop_a_run_whose_output_lies_elsewhere(
     reading, bucket, proxy, ray_cluster, tmp_path, capsys
 ):
-    """The output takes all parts: nothing but the reading can tell, and what it cannot read must not become rows."""
+    """The output accepts all parts: only reading can notice, and what it cannot read must not become rows."""
     folder = bucket.server.folder / bucket.name / reading
     prompts = {path.name: path.read_bytes() for path in sorted(PROMPTS.glob("*.flac"))[:12]}
     folder.mkdir()
@@ -210,7 +210,7 @@ def test_objects_that_cannot_be_read_are_rows_until_they_can(bucket, proxy, undi
     faults = {broken[0]: "internal_error", broken[1]: "short"}
 
     def once_planned(request: Request) -> str | None:
-        """Not before: the plan reads the headers of some files, and without them estimates other lengths."""
+        """Not before: planning reads the headers of some files, and would estimate other lengths without them."""
         planned = any(path.endswith("/plan/plan-0000.json") for path in list(proxy.written_at))
         return faults.get(request.path.rsplit("/", 1)[-1]) if planned and request.is_read else None
 
@@ -239,10 +239,10 @@ def test_a_listing_that_lags_changes_nothing(bucket, proxy, undisturbed, capsys)
 
 
 def test_a_long_stream_and_single_blocks_survive_what_passes(bucket, proxy):
-    """A tar of 30 MB, read in blocks, each of which may be cut off."""
+    """A tar of 30 MB, read in blocks, each of which may be cut short."""
     members = {f"{number:02d}.wav": audio_bytes(60.0) for number in range(16)}
     (bucket.server.folder / bucket.name / "long.tar").write_bytes(tar_bytes(members))
-    # Two of four requests fail, whatever number the tests before have come to.
+    # Two of four requests fail, whatever request number the earlier tests have reached.
     proxy.plan = lambda request: PASSING[request.number // 4 % len(PASSING)] if request.number % 4 < 2 else None
     items = list(read_tar("long.tar", f"s3://{bucket.name}/long.tar", SourceReader(bucket.options())))
     assert {item.member: item.payload for item in items} == members
@@ -276,7 +276,7 @@ cp -r {disk}/out/transcripts {kept}
 
 
 def test_a_full_disk_stops_the_run_and_room_lets_it_finish(ray_cluster, tmp_path):
-    """The output is a small filesystem of its own, in a user and mount namespace, for which no root is needed."""
+    """The output is on a small separate filesystem, in a user and mount namespace, which does not require root."""
     write_manifest(tmp_path / "items.jsonl", 1)
     options = ["--input", str(tmp_path / "items.jsonl"), "--model", str(TINY_EN), "--device", "cpu"]
     options += ["--shard-audio-s", "20", "--model-actors", "1", "--output"]

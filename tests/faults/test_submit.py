@@ -1,6 +1,6 @@
 """`ray job submit` to a head with token authentication, from a working directory, on two S3 servers.
 
-One head serves all tests. Ray's command exits 0 or 1 and says the job's own exit status in words.
+One head serves all tests. Ray's command exits with 0 or 1 and gives the job's own exit status in words.
 """
 
 import os
@@ -38,8 +38,8 @@ class Head:
     """A running head.
 
     Attributes:
-        address: of its dashboard, which takes jobs.
-        environment: of commands that may use it.
+        address: of its dashboard, which accepts jobs.
+        environment: for commands that may use it.
     """
 
     address: str
@@ -64,7 +64,7 @@ class Head:
 @pytest.fixture(scope="module")
 def head(s3_server):
     """A head with token authentication; jobs find the S3 credentials in its environment."""
-    folder = Path(tempfile.mkdtemp(prefix="ph-", dir="/tmp"))  # not tmp_path: sockets have short paths only
+    folder = Path(tempfile.mkdtemp(prefix="ph-", dir="/tmp"))  # not tmp_path: paths of sockets must be short
     port = free_port()
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "RAY_ADDRESS")}
     environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "PYTHONUNBUFFERED": "1"}
@@ -113,7 +113,7 @@ def moto(s3_server):
 
 
 def fill(storage: Storage, prompts: int) -> None:
-    """A model and some prompts."""
+    """Store a model and some prompts."""
     for path in TINY_EN.iterdir():
         storage.write_atomic(f"model/{path.name}", path.read_bytes())
     for path in sorted(PROMPTS.glob("*.flac"))[:prompts]:
@@ -139,7 +139,7 @@ def test_exit_statuses_and_progress_come_back_on_rclone(head, s3_server):
     with FaultProxy(s3_server.endpoint_url) as proxy:
 
         def slow_then_expired(request) -> str | None:
-            """The second part waits until a line of progress is due; then the credentials end."""
+            """The second part waits until a line of progress is due; then the credentials expire."""
             if request.method != "PUT" or "/transcripts/" not in request.path:
                 return None
             if len(proxy.written_parts()) == 1:

@@ -1,4 +1,4 @@
-"""The training job is killed in the middle and run again: its parameters must be those of a run that was not."""
+"""The training job is killed in the middle and run again: its parameters must be those of an undisturbed run."""
 
 import signal
 from pathlib import Path
@@ -28,7 +28,7 @@ def checkpoints(output: Path) -> int:
 
 
 def test_killed_job_resumes_to_the_same_parameters(tmp_path):
-    """kill -9 of the driver and of everything that is Ray."""
+    """kill -9 of the driver and of every process of Ray."""
     output = tmp_path / "out"
     prompt_manifest(tmp_path / "train.jsonl", 0, 8)
     prompt_manifest(tmp_path / "val.jsonl", 8, 12)

@@ -1,4 +1,4 @@
-"""Merging of parts: the same rows before and after, nothing to do the second time, and a job that resumes on top."""
+"""Merging of parts: same rows before and after, nothing to do the second time, and a job resumes on the result."""
 
 import dataclasses
 import json
@@ -29,7 +29,7 @@ from jobs.transcribe import run
 from parakeet_core.errors import ConfigError, InputError
 
 FIRST_LETTERS = "aZ\u00e4\uffff\U0001f600"  # UTF-16 would order the last two the other way
-TARGET_MB = 0.02  # parts here are 5 to 10 KB: several files come out
+TARGET_MB = 0.02  # parts here are 5 to 10 KB: the result is several files
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def table(tmp_path_factory, ray_cluster) -> tuple[Path, Path]:
 
 @pytest.fixture(params=["local", "s3"])
 def output(request, table, tmp_path, monkeypatch) -> Storage:
-    """A copy of the output, on local disk and on the S3 server, reached by the usual AWS variables."""
+    """A copy of the output, on local disk and on the S3 server, reached with the usual AWS variables."""
     if request.param == "local":
         shutil.copytree(table[1], tmp_path / "out")
         return Storage(str(tmp_path / "out"))
@@ -101,7 +101,7 @@ def test_who_may_not_remove_parts_is_refused_or_told(table, s3_server, monkeypat
         assert output.list_names("transcripts") == names
         proxy.plan = lambda request: DENIED if request.is_delete and request.method == "POST" else None
         assert main(command) == 1
-        assert len(output.list_names("transcripts")) == len(names) + 1  # of one merged file, and of no other
+        assert len(output.list_names("transcripts")) == len(names) + 1  # one merged file, and no other
         proxy.plan = no_fault
         assert main(command) == 0
         assert read_by_glob(output, "transcripts") == before
@@ -117,7 +117,7 @@ def test_a_run_whose_parts_are_merged_under_it_says_that_rows_stand_twice(table,
     (out / "receipt.json").unlink()
 
     def merge(request):
-        """Another run was faster with the missing shard, and its table is merged before this one puts its part."""
+        """Another run did the missing shard first, and its table is merged before this run puts its part."""
         if request.method == "PUT" and "/transcripts/part-" in request.path:
             shutil.rmtree(out / "transcripts")
             shutil.copytree(merged / "transcripts", out / "transcripts")
@@ -203,7 +203,7 @@ def test_what_comes_while_folders_change_places_and_what_others_put_there_is_kep
     replaced.write_bytes(b"retried")
     os.utime(replaced, ns=(1 << 62, 1 << 62))
     replaced.rename(beside / again)
-    (beside / "_delta_log").mkdir()  # of other programs
+    (beside / "_delta_log").mkdir()  # from other programs
     (beside / "_delta_log/0.json").write_bytes(b"{}")
     recover_folder(str(table), str(beside), {f"0000-00000{n}-a" for n in (1, 2, 3)})
     assert (table / "_delta_log/0.json").read_bytes() == b"{}"

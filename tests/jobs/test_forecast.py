@@ -19,9 +19,9 @@ from jobs.storage.files import Storage
 from jobs.transcribe import run
 from parakeet_core.errors import ConfigError
 
-ITEMS, ITEM_S, SHARD_S = 60, 4.0, 21.0  # five items fit a shard
-WALL_FACTOR = 1.5  # the simulation knows no scheduling, and the actors do not begin at the same moment
-OTHER_REQUESTS = 60  # of a run whatever its size: job file, plan, receipt
+ITEMS, ITEM_S, SHARD_S = 60, 4.0, 21.0  # five items fit in a shard
+WALL_FACTOR = 1.5  # the simulation has no scheduling, and real actors do not begin at the same moment
+OTHER_REQUESTS = 60  # of any run, whatever its size: job file, plan, receipt
 
 
 def test_one_actor_works_through_the_sum():
@@ -95,7 +95,7 @@ def test_a_real_run_on_s3_is_as_forecast(s3_server, monkeypatch):
 
 
 def purpose(request: Request, bucket: str) -> str:
-    """The name that the forecast gives a request."""
+    """The name that the forecast uses for a request."""
     method, path = request.method, request.path.removeprefix(f"/{bucket}")
     if request.is_listing:
         method, path = "LIST", f"/{parse_qs(request.query).get('prefix', [''])[0]}"

@@ -69,7 +69,7 @@ decoder = ShardDecoder()
 with decoder.shard():
     print(outcome(poison), outcome(good), len(bytes(5 << 30)) >> 30)
 """
-    done = run_with_poison(program, tmp_path, "eat")  # what is no decoder's may take 5 GiB
+    done = run_with_poison(program, tmp_path, "eat")  # memory outside decoding may reach 5 GiB
     assert done.stdout == "decoder_crash 1.0 s 5\n", done.stderr
 
 

@@ -1,4 +1,4 @@
-"""The metrics of a real job as its node serves them to Prometheus: against the receipt and the dashboard's table."""
+"""The metrics of a real job, as its node serves them to Prometheus, against the receipt and the dashboard's table."""
 
 import json
 import subprocess
@@ -10,7 +10,7 @@ from job_layouts import PROMPTS
 from job_samples import audio_bytes
 from test_cluster_access import METRICS, WORKER_LABELS
 
-REPEATS = 4  # of the 44 prompts: some seconds of work, so that several exports fall into the run
+REPEATS = 4  # of the 44 prompts: some seconds of work, so that several exports fall within the run
 TELEMETRY_LABELS = {"otel_scope_name", "otel_scope_version", "otel_scope_schema_url"}
 
 

@@ -1,4 +1,4 @@
-"""What a worker keeps of its memory, and that a block carries a shard unharmed."""
+"""What a worker keeps of its memory, and that a block carries a shard unchanged."""
 
 import platform
 import subprocess

@@ -1,4 +1,4 @@
-"""What a running and a finished job say: lines, sums, exit status, event files without credentials."""
+"""What a running and a finished job report: lines, sums, exit status, event files without credentials."""
 
 import io
 import json
@@ -56,7 +56,7 @@ def test_line_accounts_for_earlier_runs_and_names_the_bottleneck():
 
 
 def test_model_is_idle_while_its_workers_are_there_only(monkeypatch):
-    """One works for 100 s, one comes after 60 s in the place of one that was lost after 20 s: half of 160 s."""
+    """One is there for 100 s; one is lost after 20 s, and its replacement comes at 60 s: 100 s of work in 160 s."""
     now = [1000.0]
     monkeypatch.setattr("jobs.report.progress.time.monotonic", lambda: now[0])
     display = ProgressDisplay(1e6, 0.0, io.StringIO())

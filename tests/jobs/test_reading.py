@@ -95,7 +95,7 @@ def test_a_source_file_remembers_the_failure_that_a_decoder_cannot_pass_on(tmp_p
     assert caught.value.kind == ErrorKind.STORAGE
     with pytest.raises(InputError):
         file.raise_error()
-    file._file.close = lambda: None  # its descriptor is gone already
+    file._file.close = lambda: None  # its descriptor is already closed
 
 
 def test_missing_empty_and_rejected_files_are_items(storage):
@@ -149,7 +149,7 @@ def test_containers_that_are_pipes_are_one_error(tmp_path):
 
 def test_urls_that_no_storage_can_open_are_items(s3_server):
     """Also in containers, and where planning has not refused them. A worker may lack a package that the driver has:
-    that is mended by installing it, so it is an error of the storage, which `--retry-errors` does again."""
+    installing it is the remedy, so this is an error of kind `storage`, which `--retry-errors` tries again."""
     names = ["s3://bucketonly", "s3://", "nosuch://bucket/a.wav"]
     for layout in ("file", "tar", "parquet"):
         columns = {"id": [f"{n}#0" for n in names], "source": names, "row_group": [0] * 3, "items": [1] * 3}
@@ -168,7 +168,7 @@ def test_forbidden_file_is_an_item(tmp_path):
     assert kinds(read(Storage(str(tmp_path)))) == {"a.wav": "forbidden"}
 
 
-@pytest.mark.parametrize("size_bytes", [1, None])  # asked for: by GET; by HEAD first, whose answer names no reason
+@pytest.mark.parametrize("size_bytes", [1, None])  # requested by GET, or first by HEAD, whose answer gives no reason
 @pytest.mark.parametrize("layout", ["file", "tar", "parquet"])
 def test_credentials_that_are_not_taken_stop_the_reading_and_become_no_items(layout, size_bytes, s3_server):
     storage = Storage(f"s3://{s3_server.bucket()}", s3_server.options)
@@ -186,7 +186,7 @@ def test_credentials_that_are_not_taken_stop_the_reading_and_become_no_items(lay
 
 
 def test_credentials_that_expire_under_a_decoder_are_no_truncated_audio(s3_server):
-    """C code that reads a file sees an end of it, whatever went wrong."""
+    """C code that reads a file sees its end, whatever went wrong."""
     storage = Storage(f"s3://{s3_server.bucket()}", s3_server.options)
     storage.write_atomic("a.wav", audio_bytes(120.0))  # blocks of 1 MiB
     with FaultProxy(s3_server.endpoint_url) as proxy:
@@ -239,7 +239,7 @@ def test_sources_of_unknown_size_are_held_to_the_limit_by_their_real_length():
     limits = ReadLimits(threads=2, bytes_ahead=32 << 20)
     ahead = []
     for taken, _ in enumerate(_fetch_ahead(groups, reader, limits), 1):
-        time.sleep(0.02)  # a slow consumer: what may be fetched, is
+        time.sleep(0.02)  # a slow consumer: all that may be fetched is fetched
         ahead.append((reader.fetched - taken) * len(payload))
     assert reader.fetched == sources
     assert 0 < max(ahead) <= limits.bytes_ahead + limits.threads * len(payload)
@@ -422,7 +422,7 @@ def test_links_and_devices_in_a_tar_are_never_followed(tmp_path):
 
 
 def hostile_tar(**fields) -> bytes:
-    """One audio member with 10 bytes behind a header that says something else."""
+    """One audio member with 10 bytes after a header that claims something else."""
     header = tarfile.TarInfo("a.wav")
     for name, value in fields.items():
         setattr(header, name, value)
@@ -446,7 +446,7 @@ def test_claimed_sizes_cost_neither_time_nor_memory(tmp_path, data):
     items = read(Storage(str(tmp_path)))
     assert [i.payload.kind for i in items if i.id.endswith("#rest")] == ["torn_archive", "torn_archive"]
     assert len(items) <= 4
-    assert time.monotonic() - start < 2  # 0.03 s alone; skipping 4 EiB took for ever
+    assert time.monotonic() - start < 2  # 0.03 s when run alone; skipping 4 EiB took for ever
 
 
 @given(st.data())
@@ -455,7 +455,7 @@ def test_any_damage_to_a_tar_ends_in_items_and_at_most_one_error(tmp_path_factor
     raw = bytearray(tar_bytes({"a.wav": b"q" * 700, "a.json": b"{}", "b" * 120 + ".wav": b"q" * 100}))
     for _ in range(data.draw(st.integers(1, 6))):
         raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
-    for start in range(0, len(raw), 512):  # checksums that hold, so that damage is met behind the first check
+    for start in range(0, len(raw), 512):  # valid checksums, so that damage is met after the first check
         if raw[start + 257 : start + 262] == b"ustar":
             raw[start + 148 : start + 156] = b" " * 8
             raw[start + 148 : start + 156] = b"%06o\0 " % sum(raw[start : start + 512])
@@ -552,7 +552,7 @@ def test_urls_are_encoded_and_what_is_not_a_url_is_a_bad_record(monkeypatch):
 
 
 def test_signed_urls_open_their_audio_and_what_is_cut_short_is_fetched_again(tmp_path, monkeypatch):
-    """A busy server, then one that ends in the middle of the body, then the whole: bytes that are right or none."""
+    """A busy server, then one that stops in the middle of the body, then the whole: the right bytes or none."""
     audio, seen = audio_bytes(0.5), []
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -591,7 +591,7 @@ def test_a_body_that_never_ends_is_given_up(monkeypatch):
                     time.sleep(0.05)
 
     monkeypatch.setattr("jobs.sources.guarded_http.is_public", lambda _address: True)  # the server is on the loopback
-    monkeypatch.setattr("jobs.sources.guarded_http.HTTP_TIMEOUT_S", 1)  # which no pause between two bytes meets
+    monkeypatch.setattr("jobs.sources.guarded_http.HTTP_TIMEOUT_S", 1)  # longer than any pause between two bytes
     monkeypatch.setattr("jobs.sources.guarded_http.SLOW_AFTER_S", 0.5, raising=False)
     with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.handle_request, daemon=True).start()
@@ -608,7 +608,7 @@ def test_a_large_body_comes_whole_or_is_too_long(chunked, monkeypatch):
     body = np.random.default_rng(0).bytes(3_000_001)
 
     class Handler(http.server.BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"  # the connection stays open behind the body
+        protocol_version = "HTTP/1.1"  # the connection stays open after the body
 
         def do_GET(self):
             self.send_response(200)
@@ -657,7 +657,7 @@ def test_a_redirect_to_ftp_is_not_followed(monkeypatch):
 
 
 def test_a_public_name_that_leads_to_a_private_address_is_refused():
-    """The check is on the connected socket: a server of ours on the loopback stands for the private host."""
+    """The check is on the connected socket: a server on the loopback stands for the private host."""
     seen = []
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -674,7 +674,7 @@ def test_a_public_name_that_leads_to_a_private_address_is_refused():
 
 
 def resolve_rebound(original):
-    """A resolver that knows `rebound.example` as the loopback."""
+    """A resolver that resolves `rebound.example` to the loopback."""
 
     def resolve(host, *arguments, **named):
         return original("127.0.0.1" if host == "rebound.example" else host, *arguments, **named)

@@ -111,7 +111,7 @@ def test_errors_by_kind_have_a_count_and_an_example(folder):
 
 def test_throughput_is_the_slope_of_what_was_committed(folder):
     page = report(folder, write_parts(folder, [ok_row(0)]))
-    # The three intervals of 16 / 3 s; between commits, audio arrives evenly.
+    # The three intervals of 16 / 3 s; between commits, audio counts as arriving evenly.
     at = [np.interp(16 / 3 * n, *zip(*POINTS, strict=True)) for n in range(4)]
     expected = [f"{(stop - start) / (16 / 3):,.1f}" for start, stop in pairwise(at)]
     assert [row[1] for row in page.tables["RTFx over time"]] == expected

@@ -17,7 +17,7 @@ from parakeet_core.audio import DEFAULT_MAX_DURATION_S
 
 GIB = 2**30
 NODE = {"CPU": 16.0, "GPU": 2.0, "memory": 64.0 * GIB}
-FLOAT32, HALF = 80 * 100 * 4, 80 * 100 * 2  # bytes of features of a second
+FLOAT32, HALF = 80 * 100 * 4, 80 * 100 * 2  # bytes of features per second
 USUAL = Work(shards=100, shard_audio_s=1800.0, item_audio_s=0.0, bytes_per_s=FLOAT32, weight_bytes=GIB)
 TAR_S = 35 * 3600.0  # 500 MB of Opus
 TAR = replace(USUAL, shard_audio_s=TAR_S, container="s3://b/a.tar")
@@ -105,7 +105,7 @@ def test_one_item_said_to_be_long_asks_for_what_there_is(options, memory_gib):
 
 
 def test_feature_actors_that_leave_no_cpu_are_told_of():
-    """A cluster may grow, so it is no error; on one that does not nothing would be done."""
+    """A cluster may grow, so this is no error; on one that does not grow, nothing would be done."""
     assert "waits for a node with CPUs" in resources("cpu", {"CPU": 2.0}, feature_actors=(2, 2)).describe()
     for cpus, pool in ((3.0, (2, 4)), (2.0, (1, 2))):
         assert resources("cpu", {"CPU": cpus}, feature_actors=pool).awaited is None
@@ -145,7 +145,7 @@ def test_nodes_that_are_awaited_may_bring_the_memory_for_a_tar():
 
 
 def test_what_a_plan_asks_for(tmp_path):
-    """Of a manifest's item no more than is decoded, whatever it says; of a container all."""
+    """For an item of a manifest, no more than is decoded, whatever the manifest says; for a container, all of it."""
     files = {"id": ["a", "b"], "source": ["/a.wav", "/b.wav"], "audio_s": [1e8, 60.0], "items": [1, 1]}
     tars = {"id": ["t.tar"], "source": ["/t.tar"], "audio_s": [TAR_S]}
     groups = {"id": ["p#0"], "source": ["/p.parquet"], "row_group": [3], "audio_s": [2 * TAR_S], "items": [9000]}

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 @pytest.fixture(scope="module")
 def expected() -> dict[str, str]:
-    """Stem of a prompt -> its text, by the core alone in this process."""
+    """Stem of a prompt -> its text, from the core alone in this process."""
     names = [record["audio_filepath"] for record in prompt_records()]
     transcripts = Transcriber.load(TINY_EN).transcribe([PROMPTS / name for name in names])
     return {Path(name).stem: transcript.text for name, transcript in zip(names, transcripts, strict=True)}
@@ -163,8 +163,8 @@ def test_stages_apart_give_the_parts_of_stages_chained(layouts, tmp_path):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_features_by_the_model_actors(dtype, layouts, tmp_path):
-    """From float32 samples the same parts. Those of 16-bit files travel as 16 bits unchanged, but their features are
-    not rounded to float16 on their way."""
+    """From float32 samples, the same parts. Samples of 16-bit files travel unchanged as 16 bits, but their features are
+    not rounded to float16 on the way."""
     chained = {"dtype": dtype, "features": "gpu"}
     run(job_config(layouts["files"], tmp_path / "sent", dtype=dtype))
     receipt = run(job_config(layouts["files"], tmp_path / "chained", **chained))
@@ -192,7 +192,7 @@ def test_a_job_in_8_bit_integers(layouts, tmp_path):
 
 
 def test_a_worker_without_the_model_says_so(layouts, tmp_path, monkeypatch, capsys):
-    """As on a node that does not share the path; here it goes away after the driver has read it."""
+    """As on a node that does not share the path; here the model is removed after the driver has read it."""
     shutil.copytree(TINY_EN, tmp_path / "model")
 
     def claim_and_lose(*arguments):

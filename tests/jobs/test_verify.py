@@ -1,4 +1,4 @@
-"""--verify: nothing differs in a float32 table of the same model; a table of another model is found out."""
+"""--verify: nothing differs in a float32 table of the same model; a table of another model is detected."""
 
 import json
 from dataclasses import asdict
@@ -52,7 +52,7 @@ def test_a_table_of_another_model_is_found_out(layouts, tmp_path):
     }
     save_file(noisy, perturbed / "model.safetensors")
     receipt = run(job_config(layouts["files"], tmp_path / "out", model=str(perturbed), verify=6))
-    assert receipt.verification["mismatches"] == 0  # by the model that made it
+    assert receipt.verification["mismatches"] == 0  # with the model that made it
     output = Storage(str(tmp_path / "out"))
     shards = read_plan(output, list_generations(output))
     files = find_committed(output, receipt.fingerprint, set(shards["shard"].to_pylist())).files
