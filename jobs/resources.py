@@ -29,7 +29,7 @@ GPU = "GPU"  # Ray's name of the resource
 PROCESS_BYTES = 600 << 20  # a worker with torch, pyarrow and soundfile loaded; measured 450 MiB
 READ_AHEAD_BYTES = 256 << 20  # encoded bytes that a feature actor may hold (reading.ReadLimits)
 # Copies of a shard's features held at a time: rows, table, packed block, buffers that the table has outgrown, and Ray's
-# copy of the block; measured 4 + 1, with tars of 3 h in either type.
+# copy of the block; measured 4 + 1, with tars of 3 h, in float16 and in float32.
 FEATURE_COPIES = 5
 ITEM_BYTES_PER_S = 2 * 16000 * 4  # of a long item while it is decoded: float32 samples, in an array that grows
 BLOCK_BYTES = 1 << 30  # in addition to the longest shard's features: more than its rows and the error of estimates
