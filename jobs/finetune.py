@@ -2,8 +2,8 @@
 
     inputs -> labelled shards -> prepared audio (Ray tasks) -> labels checked -> workers (Ray Train) -> OUTPUT/model/
 
-Exit status: 0 the run has come to its end; 2 refused before any training; 1 stopped in the middle (the same command
-resumes from the last checkpoint).
+Exit status: 0 the run is finished; 2 refused before any training; 1 stopped in the middle (the same command resumes
+from the last checkpoint).
 """
 
 import functools
@@ -35,7 +35,7 @@ from parakeet_core.errors import InputError, WorkerError
 
 
 def run(config: FinetuneConfig) -> FinetuneResult:
-    """Train, or finish what an earlier run began. The Python API of the job.
+    """Train, or finish a run begun earlier. The Python API of the job.
 
     Raises:
         ConfigError, CheckpointError: refused before any training.
@@ -80,7 +80,7 @@ def _run(
 
 
 def _prepare(split: str, config: FinetuneConfig, output: Storage, sample_rate_hz: int) -> pa.Table:
-    """The index of a split, its audio prepared."""
+    """Prepare the audio of a split, unless that is done, and return the split's index."""
     folder = Storage(f"{output.url}/data/{split}", output.options)
     index = read_index(folder)
     if index is not None:
@@ -89,10 +89,10 @@ def _prepare(split: str, config: FinetuneConfig, output: Storage, sample_rate_hz
 
 
 def share_nodes(config: FinetuneConfig, nodes: list[dict[str, float]]) -> tuple[str, int, int]:
-    """(device, workers, threads of each): as many threads as leave every worker a place, each on one node.
+    """(device, workers, threads of each): the most threads with which every worker still fits, each on a single node.
 
     Args:
-        nodes: resources of each (`alive_nodes`).
+        nodes: resources of each node (`alive_nodes`).
     """
     device = config.device
     if device == "auto":
@@ -117,8 +117,8 @@ def share_nodes(config: FinetuneConfig, nodes: list[dict[str, float]]) -> tuple[
 def _fit(task: TrainingTask, workers: int) -> None:
     """Run the workers to the end of training.
 
-    Checkpoints are ours: Ray Train's own would pickle, and would want storage of its own on all nodes. So what it keeps
-    about a run goes to a temporary folder of this machine.
+    Checkpoints are ours: Ray Train's would use pickle and need storage that all nodes can reach. So what Ray Train
+    keeps about a run goes to a temporary folder on this machine.
     """
     config = task.config
     with tempfile.TemporaryDirectory(prefix="parakeet-train-") as scratch:
@@ -139,7 +139,7 @@ def _fit(task: TrainingTask, workers: int) -> None:
 
 
 def _cause(error: BaseException) -> str:
-    """What ended a run, in one line; of several workers, the first that failed."""
+    """What ended a run, in one line; if several workers failed, the cause of the one with the lowest rank."""
     failures = getattr(error, "worker_failures", None)
     return root_cause(failures[min(failures)] if failures else error)
 

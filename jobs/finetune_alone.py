@@ -1,6 +1,6 @@
-"""The fine-tuning job in this one process, where Ray is not installed: `python -m jobs.finetune_alone`.
+"""The fine-tuning job in a single process, without Ray: `python -m jobs.finetune_alone`.
 
-Options, output and result are those of `jobs.finetune` with one worker, and either program goes on with a run that the
+Options, output and result are those of `jobs.finetune` with one worker, and either program can resume a run that the
 other has begun. One GPU at most.
 """
 
@@ -28,7 +28,7 @@ from parakeet_core.errors import ConfigError
 
 
 def run(config: FinetuneConfig) -> FinetuneResult:
-    """Train, or finish what an earlier run began.
+    """Train, or finish a run begun earlier.
 
     Raises:
         ConfigError, CheckpointError: refused before any training.
@@ -64,9 +64,9 @@ def _device() -> str:
 
 
 def prepare_here(split: str, config: FinetuneConfig, output: Storage, sample_rate_hz: int, threads: int) -> pa.Table:
-    """The index of a split, its audio decoded by as many processes as there are threads.
+    """The index of a split, after its audio is decoded by as many processes as there are threads.
 
-    Nothing stands by to start this process again, so every item is decoded in a process beside it.
+    Nothing would restart this process after a crash, so every item is decoded in a separate process.
     """
     folder = Storage(f"{output.url}/data/{split}", output.options)
     index = read_index(folder)
@@ -80,7 +80,7 @@ def prepare_here(split: str, config: FinetuneConfig, output: Storage, sample_rat
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status, which is that of jobs.finetune."""
+    """The command line; returns the exit status, with the same meaning as in jobs.finetune."""
     return exit_status(lambda: _main(arguments), RESUME_HINT)
 
 

@@ -1,6 +1,6 @@
 """Parakeet CTC speech recognition: the model and its steps, without Ray and without object stores.
 
-Names are imported when first used, so that a step which needs no audio library runs without one.
+Names are imported on first use, so that a step which needs no audio library runs without one.
 """
 
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""`python -m parakeet_core MODEL AUDIO...`: transcribe files in this process; text, or JSON lines with words."""
+"""`python -m parakeet_core MODEL AUDIO...`: transcribe files in this process, to text or to JSON lines with words."""
 
 import argparse
 import dataclasses
@@ -19,7 +19,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="one JSON object per line, with words and their times")
     options = parser.parse_args(arguments)
     try:
-        # Uncompiled: a few files are done before a compiler is.
+        # Uncompiled: a few files take less time than compiling.
         transcriber = Transcriber.load(options.model, options.device, options.dtype, compiled=False)
     except ParakeetError as error:
         print(f"error: {error}", file=sys.stderr)

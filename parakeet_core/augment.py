@@ -1,6 +1,6 @@
 """Augmentation for training: speed perturbation of waveforms and SpecAugment of features.
 
-Every random number comes from the caller's generator, so that an utterance is changed the same way whoever prepares it.
+All random numbers come from the caller's generator, so that an utterance is changed the same way whoever prepares it.
 Shapes: `S` samples, `T` feature frames, `M` mel bins.
 """
 
@@ -13,16 +13,16 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class SpecAugment:
-    """How much of an utterance is hidden; widths are drawn uniformly from 0 to the most given here.
+    """How much of an utterance is masked; widths are drawn uniformly from 0 to the maximum given here.
 
-    Defaults as in NeMo's FastConformer recipes. Source: SpecAugment (arXiv:1904.08779), without time warping; masks of
-    time that grow with the utterance (arXiv:1912.05533).
+    Defaults as in NeMo's FastConformer recipes. Source: SpecAugment (arXiv:1904.08779), without time warping; time
+    masks that grow with the utterance (arXiv:1912.05533).
 
     Args:
-        freq_masks: bands of mel bins hidden.
-        freq_width: mel bins of one band, at most.
-        time_masks: spans of frames hidden in an utterance of `TIME_MASKS_FRAMES` or more, fewer in shorter ones.
-        time_width: share of the utterance's frames in one span, at most.
+        freq_masks: number of bands of mel bins.
+        freq_width: maximum mel bins in one band.
+        time_masks: number of spans of frames in an utterance of `TIME_MASKS_FRAMES` or more; fewer in shorter ones.
+        time_width: maximum share of the utterance's frames in one span.
     """
 
     freq_masks: int = 2
@@ -31,7 +31,7 @@ class SpecAugment:
     time_width: float = 0.05
 
     def __call__(self, features: Tensor, rng: np.random.Generator) -> Tensor:
-        """Features [T, M] with bands and spans set to 0, which is each bin's mean after normalisation. A new tensor."""
+        """Features [T, M] with bands and spans set to 0, each bin's mean after normalisation. Returns a new tensor."""
         frames, mels = features.shape
         features = features.clone()
         for start, end in _spans(rng, self.freq_masks, mels, min(self.freq_width, mels)):
@@ -42,7 +42,7 @@ class SpecAugment:
         return features
 
 
-TIME_MASKS_FRAMES = 1000  # 10 s: ten spans in a one-word clip would hide words whole
+TIME_MASKS_FRAMES = 1000  # 10 s: ten spans in a one-word clip would mask whole words
 
 
 def _spans(rng: np.random.Generator, count: int, length: int, width: int) -> list[tuple[int, int]]:

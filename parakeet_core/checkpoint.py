@@ -1,7 +1,7 @@
-"""A checkpoint on disk -> config, model, tokenizer and front end. Knows nothing of foreign tensor names.
+"""A checkpoint on disk -> config, model, tokenizer and front end. Knows no foreign tensor names.
 
-`checkpoint_hf.py` reads Hugging Face directories and `checkpoint_nemo.py` NeMo archives; they alone know foreign names,
-and both hand over a `CheckpointSource`. Nothing is ever unpickled, and no archive member is written to disk.
+`checkpoint_hf.py` reads Hugging Face directories and `checkpoint_nemo.py` NeMo archives; only they know foreign names,
+and both return a `CheckpointSource`. No pickled code is ever run, and no archive member is written to disk.
 """
 
 import hashlib
@@ -23,20 +23,20 @@ from parakeet_core.quantised import INSTRUCTIONS, processor_multiplies_bytes
 from parakeet_core.tokenizer import Tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-INT8 = "int8"  # stands where the name of a dtype does: weights in bfloat16, and the layers' linears in 8-bit integers
-LISTED_NAMES = 20  # tensor names of one kind that a message lists before it only counts them
+INT8 = "int8"  # used like the name of a dtype: weights in bfloat16, the layers' linears in 8-bit integers
+LISTED_NAMES = 20  # tensor names of one kind that a message lists; any more are only counted
 HASH_BLOCK = 1 << 22  # bytes
 
 
 @dataclass(frozen=True)
 class CheckpointSource:
-    """What a reader of one checkpoint form found; tensor names are those of `ParakeetCTC`.
+    """What the reader of a checkpoint format found; tensor names are those of `ParakeetCTC`.
 
     Attributes:
-        shapes: name -> shape of every weight, read without reading the weights.
+        shapes: name -> shape of every weight.
         tensors: yields (name, tensor) of every weight, each at most once in memory beside what the caller keeps.
         digest: sha256 of the stored weights, hexadecimal.
-        files: name -> sha256 of what else was read and decides texts: configuration, front end and tokenizer.
+        files: name -> sha256 of the other files that affect the texts: configuration, front end and tokenizer.
     """
 
     config: ModelConfig
@@ -57,13 +57,13 @@ class Checkpoint:
     tokenizer: Tokenizer
     frontend: LogMelFrontend
     source: CheckpointSource
-    int8: bool = False  # to be run with the layers' linears in 8-bit integers
+    int8: bool = False  # whether to run the layers' linears in 8-bit integers
 
     @cached_property
     def digest(self) -> str:
-        """sha256 of the weights file, hexadecimal; of several, sha256 over their `sha256sum` lines in order of name.
+        """sha256 of the weights file, hexadecimal; if there are several, of their `sha256sum` lines in order of name.
 
-        Computed when first asked for: 2.4 GB take some seconds.
+        Computed on first use: 2.4 GB take some seconds.
         """
         return self.source.digest()
 
@@ -75,14 +75,14 @@ def load_checkpoint(
 
     Args:
         path: a directory as transformers writes it (config.json, safetensors, tokenizer) or a `.nemo` archive.
-        dtype: of the model's weights, whatever the file's is. Weights of the same dtype stay in the memory-mapped file.
-            Or "int8", on a CPU: `Engine` quantises what it runs.
+        dtype: of the model's weights, whatever the file's dtype. If both are the same, weights stay in the
+            memory-mapped file. "int8" is possible on a CPU: `Engine` quantises what it runs.
         device: where the model goes.
 
     Raises:
-        CheckpointError: it cannot be read, or it describes a model that is not implemented. Missing, unexpected and
-            misshapen tensors are named in one message.
-        ConfigError: this machine does not have the device, or its processor not the instructions for "int8".
+        CheckpointError: it cannot be read, or it describes a model that is not implemented. One message names all
+            missing, unexpected and misshapen tensors.
+        ConfigError: this machine lacks the device, or its processor lacks the instructions for "int8".
     """
     path, int8, dtype, device = Path(path), dtype == INT8, resolve_dtype(dtype), resolve_device(device)
     if int8:
@@ -105,7 +105,7 @@ def load_checkpoint(
 
 
 def read_source(path: Path) -> CheckpointSource:
-    """Everything about a checkpoint but its weights. Raises CheckpointError."""
+    """Read a directory or an archive with the reader of its format. Raises CheckpointError."""
     from parakeet_core.checkpoint_hf import read_hf_directory  # both import this module's types
     from parakeet_core.checkpoint_nemo import read_nemo_archive
 
@@ -117,10 +117,10 @@ def read_source(path: Path) -> CheckpointSource:
 
 
 def resolve_dtype(dtype: torch.dtype | str) -> torch.dtype:
-    """A torch dtype from itself or its name; of "int8" that of all but the linears.
+    """A torch dtype from itself or its name; for "int8", the dtype of everything except the linears.
 
     Raises:
-        CheckpointError: models are not run in it.
+        CheckpointError: models do not run in this dtype.
     """
     if dtype == INT8:
         return torch.bfloat16
@@ -142,7 +142,7 @@ def resolve_device(device: torch.device | str) -> torch.device:
     """A device that can be used here. Raises ConfigError for any other."""
     try:
         return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:  # torch built without CUDA fails by an assertion
+    except (RuntimeError, AssertionError) as error:  # torch built without CUDA fails an assertion
         reason = str(error).splitlines()[0]
         raise ConfigError(
             f"device {str(device)!r} cannot be used ({reason}); expected cpu, or cuda on a GPU"
@@ -150,13 +150,13 @@ def resolve_device(device: torch.device | str) -> torch.device:
 
 
 def layer_count(names: Iterable[str]) -> int:
-    """Encoder layers that the tensor names speak of."""
+    """Number of encoder layers, from the tensor names."""
     layers = {int(match[1]) for name in names if (match := re.match(r"encoder\.layers\.(\d{1,6})\.", name))}
     return max(layers, default=-1) + 1
 
 
 def sha256_of(stream: BinaryIO) -> str:
-    """sha256 of what a stream holds, hexadecimal."""
+    """sha256 of a stream's content, hexadecimal."""
     digest = hashlib.sha256()
     while block := stream.read(HASH_BLOCK):
         digest.update(block)
@@ -193,7 +193,7 @@ def _listing(names: list[str]) -> str:
 
 
 def _set_tensor(model: nn.Module, name: str, tensor: Tensor) -> None:
-    """Put a tensor in the place of a parameter or buffer, without copying it."""
+    """Replace a parameter or buffer with a tensor, without copying it."""
     owner_name, _, leaf = name.rpartition(".")
     owner = model.get_submodule(owner_name)
     if leaf in owner._buffers:

@@ -18,7 +18,7 @@ from parakeet_core.errors import CheckpointError
 from parakeet_core.tokenizer import check_pieces, load_tokenizer
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-MAPPED_BYTES = 64 << 20  # weights read through one mapping; its pages count as ours until it is closed
+MAPPED_BYTES = 64 << 20  # weights read through one mapping; its pages count as this process's memory until it is closed
 IGNORED_SUFFIX = "num_batches_tracked"  # a training counter
 
 MODEL_KEYS = {  # ours -> theirs
@@ -58,7 +58,7 @@ FRONTEND_KEYS = {
 
 
 def read_hf_directory(path: Path) -> CheckpointSource:
-    """Read everything but the weights of a checkpoint directory.
+    """Read a checkpoint directory, except for its weights.
 
     Raises:
         CheckpointError: a file is missing or damaged, or the model is not a Parakeet CTC model as implemented here.
@@ -106,7 +106,7 @@ def _model_config(
             f"the weights hold {found_layers}: they do not belong together"
         )
     depthwise = shapes.get("encoder.layers.0.conv.depthwise_conv.weight", ())
-    if len(depthwise) == 3:  # published configs have been seen to leave the kernel out
+    if len(depthwise) == 3:  # some published configs omit the kernel
         encoder = encoder | {"conv_kernel_size": depthwise[-1]}
     where = f"{path}/config.json"
     built = {"encoder": typed_dataclass(EncoderConfig, encoder, ENCODER_KEYS, where), "frontend": frontend}
@@ -114,7 +114,7 @@ def _model_config(
 
 
 def _unlike_ours(encoder: dict) -> list[str]:
-    """What an encoder_config asks for that `EncoderConfig` cannot say."""
+    """What an encoder_config asks for that `EncoderConfig` cannot express."""
     found = []
     if encoder.get("hidden_act", "silu") != "silu":
         found.append(f"activation {encoder['hidden_act']!r} (expected 'silu')")
@@ -130,10 +130,10 @@ def _refuse(reasons: list[str], where: str) -> None:
 
 
 def read_encoder_config(path: Path) -> EncoderConfig:
-    """The encoder that a config.json describes, without weights beside it.
+    """The encoder that a config.json describes; no weights are needed.
 
     Raises:
-        CheckpointError: it has no encoder_config and is none, or asks for what is not implemented.
+        CheckpointError: it neither has nor is an encoder_config, or it asks for something that is not implemented.
     """
     config = _read_json(path)
     encoder = config.get("encoder_config", config)
@@ -144,7 +144,7 @@ def read_encoder_config(path: Path) -> EncoderConfig:
 
 
 def _frontend_config(path: Path) -> tuple[str, FrontendConfig]:
-    """(file, front end), from the nested form (processor_config.json) or the flat, older (preprocessor_config.json)."""
+    """(file, front end), from the nested form (processor_config.json) or the older, flat preprocessor_config.json."""
     for name in ("processor_config.json", "preprocessor_config.json"):
         if (path / name).exists():
             content = _read_json(path / name)
@@ -158,12 +158,12 @@ def _frontend_config(path: Path) -> tuple[str, FrontendConfig]:
 
 
 def typed_dataclass(cls: type, found: dict, names: dict[str, str], where: str, **built: object):
-    """Build a config dataclass from foreign keys; absent ones take its defaults, ill-typed ones are named together.
+    """Build a config dataclass from foreign keys; absent keys take its defaults, one error names all ill-typed ones.
 
     Args:
         names: our field -> their key.
         where: the file, for the message.
-        built: fields that are themselves such dataclasses.
+        built: fields that are config dataclasses themselves.
     """
     values, wrong = dict(built), []
     for field in dataclasses.fields(cls):
@@ -180,7 +180,7 @@ def typed_dataclass(cls: type, found: dict, names: dict[str, str], where: str, *
         raise CheckpointError(f"{where}: {'; '.join(wrong)}")
     try:
         return cls(**values)
-    except CheckpointError as error:  # the dataclass knows what is wrong, not in which file
+    except CheckpointError as error:  # the dataclass knows what is wrong, but not in which file
         raise CheckpointError(f"{where}: {error}") from error
 
 
@@ -192,7 +192,7 @@ def _tokenizer_file(path: Path) -> str:
 
 
 def _weight_files(path: Path) -> list[str]:
-    """Names of the weight files, in order of name."""
+    """Names of the weight files, sorted."""
     if (path / WEIGHTS).exists():
         return [WEIGHTS]
     if not (path / INDEX).exists():
@@ -240,7 +240,7 @@ def _shapes(path: Path, names: dict[str, str]) -> dict[str, tuple[int, ...]]:
 
 
 def _tensors(path: Path, names: dict[str, str], shapes: dict[str, tuple[int, ...]]) -> Iterator[tuple[str, Tensor]]:
-    """Every weight, from mappings of at most MAPPED_BYTES each, so that converting does not hold two copies."""
+    """Every weight, through mappings of about MAPPED_BYTES each, so that a conversion never holds two full copies."""
     for file in sorted(set(names.values())):
         pending = [name for name, holder in names.items() if holder == file]
         while pending:

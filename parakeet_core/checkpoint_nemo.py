@@ -28,7 +28,7 @@ CONFIG, WEIGHTS = "model_config.yaml", "model_weights.ckpt"
 UNREADABLE = (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError)  # what damaged archives raise
 SMALL_MEMBER_BYTES = 64 << 20  # of the tokenizer; public ones are under 2 MB
 CONFIG_BYTES = 4 << 20  # public ones are under 100 KB; reading 1 MB of YAML takes seconds
-NUMBER_CHARACTERS = 100  # in the configuration
+NUMBER_CHARACTERS = 100  # most in a number of the configuration
 
 RENAMES = (  # theirs -> ours, applied in order
     (r"^encoder\.pre_encode\.conv\.", "encoder.subsampling.layers."),
@@ -40,12 +40,12 @@ RENAMES = (  # theirs -> ours, applied in order
     (r"\.pos_bias_([uv])$", r".bias_\1"),
     (r"^(ctc_)?decoder\.decoder_layers\.0\.", "ctc_head."),
 )
-DROPPED = r"^preprocessor\.|num_batches_tracked$"  # the front end's window and mel bank, a training counter
+DROPPED = r"^preprocessor\.|num_batches_tracked$"  # the front end's window and mel bank; a training counter
 DROPPED_IN_HYBRIDS = r"^(decoder|joint)\."  # the transducer beside the CTC head
 
 
 def read_nemo_archive(path: Path) -> CheckpointSource:
-    """Read a .nemo archive; its weights are read once, here, because their shapes are known no sooner.
+    """Read a .nemo archive; its weights are read here, once, because only then are their shapes known.
 
     Raises:
         CheckpointError: the archive is damaged, or its model is not implemented here. All reasons are named.
@@ -71,12 +71,12 @@ def read_nemo_archive(path: Path) -> CheckpointSource:
 
 
 def _members(archive: tarfile.TarFile) -> dict[str, tarfile.TarInfo]:
-    """Regular files by the last part of their name; links are left out, so that none leads outside."""
+    """Regular files by the last part of their path; links are left out, because they can point outside the archive."""
     return {Path(member.name).name: member for member in archive.getmembers() if member.isfile()}
 
 
 def _member(path: Path, archive: tarfile.TarFile, members: dict[str, tarfile.TarInfo], name: str) -> BinaryIO:
-    """A member opened by name; where it would be extracted to is never looked at."""
+    """A member opened by name; the path it would be extracted to is never used."""
     if name not in members:
         raise CheckpointError(f"{path}: no {name!r} in the archive; it holds {sorted(members)[:20]}")
     return archive.extractfile(members[name])
@@ -97,8 +97,8 @@ def _small(
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """Refuses what makes few bytes cost much: aliases, which NeMo does not write, and numbers such as 1:1:1:..., whose
-    evaluation takes the square of their length."""
+    """Refuses constructs in which few bytes cost much: aliases, which NeMo does not write, and numbers such as
+    1:1:1:..., whose evaluation takes time quadratic in their length."""
 
     def compose_node(self, parent, index):
         if self.check_event(yaml.AliasEvent):
@@ -125,13 +125,13 @@ def _config(path: Path, content: bytes) -> dict:
 
 
 def _at(config: dict, dotted: str, default: Any = None) -> Any:
-    """Value under a dotted path; `default` where it, or a section on the way, is absent or null."""
+    """Value at a dotted path; `default` if it, or a section on the way, is absent or null."""
     for key in dotted.split("."):
         config = config.get(key) if isinstance(config, dict) else None
     return default if config is None else config
 
 
-IMPLEMENTED = {  # option -> values that are implemented; the first is also what its absence means
+IMPLEMENTED = {  # option -> implemented values; the first also stands for an absent option
     "tokenizer.type": ("bpe",),
     "preprocessor.normalize": ("per_feature",),
     "preprocessor.window": ("hann",),
@@ -181,7 +181,7 @@ def _weights(path: Path, archive: tarfile.TarFile, members: dict, hybrid: bool) 
     with _member(path, archive, members, WEIGHTS) as stream:
         try:
             found = torch.load(stream, map_location="cpu", weights_only=True)
-        except Exception as error:  # noqa: BLE001 - torch's unpickler answers damage with exceptions of any kind
+        except Exception as error:  # noqa: BLE001 - on damaged input torch's unpickler can raise any exception
             raise CheckpointError(f"{path}: {WEIGHTS} is not a file of tensors alone ({error!s:.500})") from error
     if not isinstance(found, dict) or not all(_is_dense(tensor) for tensor in found.values()):
         raise CheckpointError(f"{path}: {WEIGHTS}: expected a mapping of names to dense tensors")
@@ -190,7 +190,7 @@ def _weights(path: Path, archive: tarfile.TarFile, members: dict, hybrid: bool) 
 
 
 def _is_dense(value: object) -> bool:
-    """Whether it is a tensor with a number of its own for each element: a view may make terabytes of one number."""
+    """Whether it is a tensor that stores every element: a view can stretch a single number to terabytes."""
     if not isinstance(value, Tensor) or value.layout is not torch.strided or value.is_meta or value.is_nested:
         return False
     return value.nbytes <= value.untyped_storage().nbytes()
@@ -202,7 +202,7 @@ def _our_name(name: str) -> str:
     return name
 
 
-# What NeMo takes for an option that a section leaves out, where our own default is another.
+# NeMo's values for options that a section leaves out, where our own defaults differ.
 ENCODER_DEFAULTS = {
     "subsampling_factor": 4, "subsampling_conv_channels": -1, "n_heads": 4, "xscaling": True, "dropout_emb": 0.1,
     "dropout_att": 0.0, "stochastic_depth_drop_prob": 0.0,
@@ -211,7 +211,7 @@ PREPROCESSOR_DEFAULTS = {"sample_rate": 16000, "window_size": 0.02, "window_stri
 
 
 def _model_config(path: Path, config: dict, shapes: dict[str, tuple[int, ...]]) -> ModelConfig:
-    """From the YAML where it says, and from the tensors where NeMo leaves an option out or derives it."""
+    """From the YAML; from the tensors for options that NeMo leaves out or derives."""
     where = f"{path}: {CONFIG}"
     encoder = ENCODER_DEFAULTS | config["encoder"]
     head, depthwise = shapes.get("ctc_head.weight", ()), shapes.get("encoder.layers.0.conv.depthwise_conv.weight", ())
@@ -225,7 +225,7 @@ def _model_config(path: Path, config: dict, shapes: dict[str, tuple[int, ...]]) 
     encoder["d_ff"], encoder["kernel"] = feed_forward[0], depthwise[-1]
     encoder["attention_bias"] = "encoder.layers.0.feed_forward1.linear1.bias" in shapes
     encoder["convolution_bias"] = "encoder.layers.0.conv.depthwise_conv.bias" in shapes
-    if encoder.get("subsampling_conv_channels") == -1:  # NeMo: as wide as the model
+    if encoder.get("subsampling_conv_channels") == -1:  # in NeMo: the model's width
         encoder["subsampling_conv_channels"] = encoder.get("d_model")
     names = {
         "d_model": "d_model", "n_layers": "n_layers", "n_heads": "n_heads", "d_ff": "d_ff", "conv_kernel": "kernel",
@@ -247,9 +247,9 @@ def _frontend_config(preprocessor: dict, where: str) -> FrontendConfig:
     found = PREPROCESSOR_DEFAULTS | preprocessor
     rate = found["sample_rate"]
     try:
-        found["win_length"] = int(found["window_size"] * rate)  # seconds -> samples; NeMo leaves a fraction out
+        found["win_length"] = int(found["window_size"] * rate)  # seconds -> samples; NeMo drops the fraction
         found["hop_length"] = int(found["window_stride"] * rate)
-        if found.get("n_fft") is None:  # NeMo: the next power of two
+        if found.get("n_fft") is None:  # in NeMo: the next power of two
             found["n_fft"] = 2 ** math.ceil(math.log2(found["win_length"]))
     except (TypeError, ValueError, OverflowError) as error:
         raise CheckpointError(
@@ -269,7 +269,7 @@ def _frontend_config(preprocessor: dict, where: str) -> FrontendConfig:
 
 
 def _drain(tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Hand the weights over one by one, so that a converted copy replaces its original."""
+    """Yield the weights and release each, so that a converted copy replaces its original."""
     while tensors:
         yield tensors.popitem()
 

@@ -1,7 +1,7 @@
 """Model constants, read from a checkpoint into frozen dataclasses. They are never options of a job.
 
 Defaults are those of the reference configuration (transformers `models/parakeet/configuration_parakeet.py`), because
-published checkpoints leave out what equals them.
+published checkpoints omit values that equal them.
 """
 
 import math
@@ -10,8 +10,8 @@ from typing import Literal, get_args
 
 from parakeet_core.errors import CheckpointError
 
-MAX_N_FFT = 1 << 14  # 1 s at 16 kHz; published front ends have 512. The mel bank of 2^24 would take 5 GiB
-MAX_RATE_HZ = 1_000_000  # as of recordings (audio_info.py)
+MAX_N_FFT = 1 << 14  # 1 s at 16 kHz; published front ends have 512. With 2^24 the mel bank would take 5 GiB
+MAX_RATE_HZ = 1_000_000  # the same limit as for recordings (audio_info.py)
 Reduction = Literal["mean", "sum", "none"]
 
 
@@ -118,7 +118,7 @@ class EncoderConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Everything the model and its front end are built from."""
+    """All constants of the model and its front end."""
 
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     frontend: FrontendConfig = field(default_factory=FrontendConfig)
@@ -144,5 +144,5 @@ class ModelConfig:
 
 
 def differing_files(files: dict[str, str], others: dict[str, str]) -> str:
-    """Names of a checkpoint's files whose digests are not the same, or that are on one side only; for a message."""
+    """Names of files whose digests differ between two checkpoints, or that only one of them has; for a message."""
     return ", ".join(sorted(name for name in files | others if files.get(name) != others.get(name)))

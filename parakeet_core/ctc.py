@@ -13,7 +13,7 @@ from parakeet_core.encoder import Encoder
 
 
 class CTCHead(nn.Conv1d):
-    """States [B, U, D] -> logits [B, U, V]. A convolution of width one, because checkpoints store [V, D, 1]."""
+    """States [B, U, D] -> logits [B, U, V]. A convolution of kernel size 1, because checkpoints store [V, D, 1]."""
 
     def __init__(self, d_model: int, vocab_size: int):
         super().__init__(d_model, vocab_size, 1)
@@ -64,7 +64,7 @@ class ParakeetCTC(nn.Module):
     def prepare_inference(self) -> "torch.nn.Module":
         """The same function as a fused module for inference on this device and in this dtype; see `inference.py`.
 
-        The plain model stays usable; what the two have in common is shared, not copied.
+        The plain model stays usable; tensors that both use are shared, not copied.
         """
         from parakeet_core.inference import InferenceModel  # imports this module's types
 
@@ -80,7 +80,7 @@ def ctc_loss(
     reduction: Reduction = "mean",
     zero_infinity: bool = True,
 ) -> Tensor:
-    """Connectionist temporal classification loss, in float32 whatever the dtype of the logits.
+    """Connectionist temporal classification loss, computed in float32 whatever the dtype of the logits.
 
     Args:
         logits: [B, U, V].
@@ -98,5 +98,5 @@ def ctc_loss(
     log_probs = logits.float().log_softmax(-1).transpose(0, 1)  # [U, B, V]
     columns = torch.arange(targets.shape[1], device=targets.device)
     kept = (columns < target_lens[:, None]) & (targets >= 0) & (targets != blank_id)
-    with torch.backends.cudnn.flags(enabled=False):  # as the reference: its CTC is not deterministic
+    with torch.backends.cudnn.flags(enabled=False):  # as in the reference: cuDNN's CTC is not deterministic
         return F.ctc_loss(log_probs, targets[kept], lens, kept.sum(-1), blank_id, reduction, zero_infinity)

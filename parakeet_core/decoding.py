@@ -14,11 +14,11 @@ from parakeet_core.words import Tokens
 
 @dataclass(frozen=True)
 class FrameScores:
-    """What greedy decoding needs of the logits: small enough to leave the device at once.
+    """What greedy decoding needs from the logits: small enough to be copied off the device at once.
 
     Attributes:
         ids: [B, U] int64, the likeliest token of each frame; blank on frames past an item's length.
-        scores: [B, U] float32, its posterior.
+        scores: [B, U] float32, that token's posterior.
         lens: [B] int64, encoder frames.
     """
 
@@ -29,7 +29,7 @@ class FrameScores:
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """Collapsed tokens of a batch; columns from `token_lens` on hold zeros.
+    """Collapsed tokens of a batch; columns from `token_lens` on are zero.
 
     Attributes:
         ids: [B, N] int64.
@@ -46,7 +46,7 @@ class TokenBatch:
 
 
 def score_frames(logits: Tensor, lens: Tensor, blank_id: int) -> FrameScores:
-    """Likeliest token and its posterior on every frame.
+    """Likeliest token and its posterior for every frame.
 
     Args:
         logits: [B, U, V], any floating dtype; the posterior is computed in float32.
@@ -59,13 +59,13 @@ def score_frames(logits: Tensor, lens: Tensor, blank_id: int) -> FrameScores:
 
 
 def collapse_ctc(frames: FrameScores, blank_id: int) -> TokenBatch:
-    """Runs of one id become one token, then blanks go: [a, a, blank, a] -> [a, a]. Runs on the device of its input."""
+    """Merge runs of an id, then drop blanks: [a, a, blank, a] -> [a, a]. Computed on the device of the input."""
     ids = frames.ids
     begins = torch.ones_like(ids, dtype=torch.bool)
     begins[:, 1:] = ids[:, 1:] != ids[:, :-1]
     begins &= ids != blank_id
     token_lens = begins.sum(1)
-    # Each frame of a run is scattered to its token's column; blank frames go to one column more, which is cut off.
+    # Each frame of a run is scattered to its token's column; blank frames go to an extra column, which is cut off.
     width = int(token_lens.max()) if ids.numel() else 0
     column = torch.where(ids != blank_id, begins.cumsum(1) - 1, width)
     frame = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)

@@ -4,7 +4,7 @@ Shapes: `B` batch, `T` feature frames, `U` encoder frames, `M` mel bins, `D` mod
 `C` subsampling channels, `P` relative positions (2U - 1).
 
 Submodule names are the keys of Hugging Face checkpoints. This form is for training and for reading; `inference.py`
-holds the same function in the form that is run.
+has the same function in the form that runs in inference.
 
 Source: FastConformer (arXiv:2305.05084), relative positions of Transformer-XL (arXiv:1901.02860); masking, dropout and
 layer drop as in transformers `models/parakeet/modeling_parakeet.py`.
@@ -27,9 +27,9 @@ def valid_frames(lens: Tensor, frames: int) -> Tensor:
 
 
 def relative_positions(frames: int, d_model: int, device: torch.device | None = None) -> Tensor:
-    """Sinusoids of the distances U-1 .. -(U-1), sine and cosine interleaved: [P, D] float32."""
+    """Sinusoids for the distances U-1 .. -(U-1), sine and cosine interleaved: [P, D] float32."""
     distances = torch.arange(frames - 1, -frames, -1, device=device, dtype=torch.float32)
-    # As the reference rounds them: at distance 5000 another form of the same formula differs by 5e-4.
+    # Written as in the reference, for the same rounding: at distance 5000 another form of the formula differs by 5e-4.
     rates = 1.0 / POSITION_BASE ** (torch.arange(0, d_model, 2, device=device, dtype=torch.float32) / d_model)
     angles = distances[:, None] * rates
     return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(-2)
@@ -39,9 +39,9 @@ def shift_relative(scores: Tensor, keys: int | None = None) -> Tensor:
     """Scores by distance -> scores by key, as a view: out[..., i, j] = scores[..., i, Q-1-i+j].
 
     Args:
-        scores: [B, H, Q, Q + U - 1 or more], contiguous: of Q queries in a row, from the distance of the last one to
-            the first key. Q is U but where attention runs in blocks of queries.
-        keys: U, where `scores` has more columns than it takes.
+        scores: [B, H, Q, Q + U - 1 or more], contiguous: of Q consecutive queries; the first column is the distance
+            from the last query to the first key. Q is U unless attention runs in blocks of queries.
+        keys: U, if `scores` has more columns than needed.
 
     Returns:
         [B, H, Q, U], sharing memory with `scores`; no element of it appears twice.
@@ -51,7 +51,7 @@ def shift_relative(scores: Tensor, keys: int | None = None) -> Tensor:
         keys = step + 2 - queries
     if queries == 1:
         return scores[..., :keys]
-    # From column Q-1 of row 0 on, each row begins `step` numbers after the one before: one column to its left.
+    # Starting at column Q-1 of row 0, each row begins `step` numbers after the previous one: one column further left.
     shifted = scores.flatten(-2)[..., queries - 1 : queries - 1 + queries * step]
     return shifted.unflatten(-1, (queries, step))[..., :keys]
 
@@ -84,14 +84,14 @@ class Subsampling(nn.Module):
 
 
 def _convolved(layer: nn.Module, states: Tensor) -> Tensor:
-    """`layer(states)`; on a CPU with the channels last in memory, and depthwise in float32 also under autocast.
+    """`layer(states)`; on a CPU with the channels last in memory, and depthwise in float32 even under autocast.
 
-    So a depthwise convolution with its gradients takes a quarter of the time, and a fifth of bfloat16's.
+    A depthwise convolution with its gradients then takes a quarter of the time, and a fifth of bfloat16's.
     """
     if not isinstance(layer, nn.Conv2d) or states.device.type != "cpu":
         return layer(states)
     weight, depthwise = layer.weight, layer.groups > 1
-    if layer.stride[0] > 1:  # a kernel of one is the same in both layouts
+    if layer.stride[0] > 1:  # a kernel of size 1 is the same in both layouts
         weight = weight.contiguous(memory_format=torch.channels_last)
     with torch.autocast("cpu", enabled=torch.is_autocast_enabled("cpu") and not depthwise):
         states = states.to(weight.dtype if depthwise else states.dtype, memory_format=torch.channels_last)
@@ -110,7 +110,7 @@ class FeedForward(nn.Module):
 
 
 class RelativeAttention(nn.Module):
-    """Self-attention whose scores add a term in the distance between query and key."""
+    """Self-attention whose scores include a term for the distance between query and key."""
 
     def __init__(self, config: EncoderConfig):
         super().__init__()
@@ -130,7 +130,7 @@ class RelativeAttention(nn.Module):
         p = self._heads(self.relative_k_proj(positions)[None])  # [1, H, P, K]
         by_distance = (q + self.bias_v[:, None]) @ p.transpose(-1, -2)  # [B, H, U, P]
         bias = shift_relative(by_distance) * self.d_head**-0.5  # [B, H, U, U]
-        # The lowest finite number, not -inf: a row with every key masked (an item of no frames) must stay finite.
+        # The lowest finite number, not -inf: a row with every key masked (an item without frames) must stay finite.
         bias = bias.masked_fill(~keys_valid[:, None, None], torch.finfo(bias.dtype).min)
         dropout = self.dropout if self.training else 0.0
         out = F.scaled_dot_product_attention(q + self.bias_u[:, None], k, v, attn_mask=bias, dropout_p=dropout)
@@ -215,7 +215,7 @@ class Encoder(nn.Module):
         for layer in self.layers:
             after = layer(states, positions, valid)
             if self.training and config.layerdrop > 0:
-                # A choice of tensors, not of paths: no graph break, and every parameter has a gradient in every step.
+                # Selects tensors, does not branch: no graph break, and every parameter has a gradient in every step.
                 kept = torch.rand((), device=states.device) >= config.layerdrop
                 after = torch.where(kept, after, states)
             states = after

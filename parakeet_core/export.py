@@ -1,6 +1,6 @@
 """A model -> the files of a Hugging Face directory, which `load_checkpoint` and transformers' `ParakeetForCTC` read.
 
-Contents are returned by name and written by the caller, to a disk or to an object store.
+Contents are returned by name; the caller writes them, to a disk or to an object store.
 """
 
 import json
@@ -38,11 +38,11 @@ def weights_file(model: nn.Module, dtype: torch.dtype | str) -> tuple[str, bytes
         for name, tensor in model.state_dict().items()
         if not name.endswith(IGNORED_SUFFIX)
     }
-    return WEIGHTS, save(tensors, metadata={"format": "pt"})  # transformers asks for the format
+    return WEIGHTS, save(tensors, metadata={"format": "pt"})  # transformers requires the format
 
 
 def _model_record(config: ModelConfig) -> dict:
-    """config.json. Its dtype is float32 whatever the file's: transformers then widens the weights it loads."""
+    """config.json. Its dtype is float32 whatever that of the weights: transformers then loads them as float32."""
     encoder = _renamed(config.encoder, ENCODER_KEYS)
     encoder |= {"model_type": "parakeet_encoder", "hidden_act": "silu"}
     encoder |= {"num_key_value_heads": config.encoder.n_heads}
@@ -61,7 +61,7 @@ def _processor_record(config: ModelConfig) -> dict:
 
 
 def _tokenizer_record(config: ModelConfig, tokenizer: Tokenizer) -> dict:
-    """tokenizer_config.json. transformers adds a piece to the vocabulary for a name that no piece has."""
+    """tokenizer_config.json. For a special token that is not in the vocabulary, transformers would add a piece."""
     pieces, unknown = tokenizer.pieces, tokenizer.unknown_id
     return {
         "tokenizer_class": "ParakeetTokenizer",
@@ -73,7 +73,7 @@ def _tokenizer_record(config: ModelConfig, tokenizer: Tokenizer) -> dict:
 
 
 def _renamed(config: object, names: dict[str, str]) -> dict:
-    """A dataclass under foreign keys; fields without one are left out."""
+    """A dataclass as a dict with foreign keys; fields without one are left out."""
     return {names[name]: value for name, value in vars(config).items() if name in names}
 
 

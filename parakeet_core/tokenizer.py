@@ -1,4 +1,4 @@
-"""Token ids <-> text, over the two tokenizer formats that checkpoints carry. Knows nothing of CTC or of checkpoints."""
+"""Token ids <-> text, for the two tokenizer formats that checkpoints use. Knows nothing of CTC or of checkpoints."""
 
 import json
 from collections.abc import Iterator
@@ -15,10 +15,10 @@ WORD_START = "▁"  # U+2581, SentencePiece's mark for the space before a word
 
 
 class Tokenizer(Protocol):
-    """What the rest of the code asks of a tokenizer."""
+    """What the rest of the code needs from a tokenizer."""
 
     pieces: list[str]  # by id, spaces as word marks
-    unknown_id: int | None  # of the piece for characters that have none; None: such characters are left out
+    unknown_id: int | None  # id of the piece for unknown characters; None: such characters are left out
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`."""
@@ -27,7 +27,7 @@ class Tokenizer(Protocol):
         """Text of collapsed token ids without blanks: pieces joined, word marks as spaces, the first space stripped."""
 
     def content(self) -> str | bytes:
-        """What the class was made of: the text of a tokenizer.json, or the bytes of a tokenizer.model."""
+        """What the tokenizer was built from: the text of a tokenizer.json, or the bytes of a tokenizer.model."""
 
 
 class TokenizerJson:
@@ -45,11 +45,11 @@ class TokenizerJson:
         self._name = name
         with self._library_errors():
             self._tokenizer = tokenizers.Tokenizer.from_str(content)
-            self._tokenizer.no_truncation()  # what a file asks for in this way is for batches of text
+            self._tokenizer.no_truncation()  # both settings of a file are meant for batches of text
             self._tokenizer.no_padding()
             size = self._tokenizer.get_vocab_size()
             self.pieces = [self._tokenizer.id_to_token(i) or "" for i in range(size)]
-            self._tokenizer.decode(list(range(size)))  # damage in the decoder shows only here
+            self._tokenizer.decode(list(range(size)))  # only this reveals a damaged decoder
             record = json.loads(content)
             if (record.get("decoder") or {}).get("type") == "ByteLevel":  # letters stand for bytes
                 texts = (self._tokenizer.decoder.decode([piece]) for piece in self.pieces)
@@ -61,7 +61,7 @@ class TokenizerJson:
     def _library_errors(self) -> Iterator[None]:
         try:
             yield
-        except BaseException as error:  # noqa: BLE001 - the library raises bare Exception, and panics that are not one
+        except BaseException as error:  # noqa: BLE001 - the library raises bare Exception, and panics that are not Exceptions
             if isinstance(error, KeyboardInterrupt | SystemExit):
                 raise
             raise CheckpointError(f"{self._name}: not a tokenizer that the library can use ({error})") from error
@@ -109,7 +109,7 @@ class SentencePieceTokenizer:
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """Tokenizer from a `tokenizer.json` or `tokenizer.model` file, by its name's ending. Raises CheckpointError."""
+    """Tokenizer from a `tokenizer.json` or `tokenizer.model` file, by the file's suffix. Raises CheckpointError."""
     try:
         content = path.read_text(encoding="utf-8") if path.suffix == ".json" else path.read_bytes()
     except (OSError, UnicodeDecodeError) as error:
@@ -120,7 +120,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
 
 
 def check_pieces(tokenizer: Tokenizer, vocab_size: int, name: str, blank_id: int | None = None) -> None:
-    """Refuse a tokenizer that lacks a text for ids the model emits; the blank may be left out where it is the last id.
+    """Refuse a tokenizer that lacks pieces for ids the model emits; the blank needs none if it is the last id.
 
     Args:
         blank_id: by default the last id.

@@ -1,4 +1,4 @@
-"""A new tokenizer from texts, and any SentencePiece tokenizer in the form that transformers reads."""
+"""Builds a new tokenizer from texts, and converts any SentencePiece tokenizer to the form that transformers reads."""
 
 import io
 import re
@@ -11,18 +11,18 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers
 from parakeet_core.errors import ConfigError
 from parakeet_core.tokenizer import WORD_START, SentencePieceTokenizer
 
-MAX_TEXT_BYTES = 1 << 30  # no limit: the library leaves out texts over 4192 bytes, as long recordings have
+MAX_TEXT_BYTES = 1 << 30  # no limit: by default the library skips texts over 4192 bytes, which long recordings have
 UNKNOWN, BLANK = "<unk>", "<pad>"  # names of the pieces in Parakeet's tokenizer files; the blank is not a piece of text
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> SentencePieceTokenizer:
-    """A unigram tokenizer of `vocab_size` pieces, the unknown piece included and the blank not.
+    """A unigram tokenizer of `vocab_size` pieces, including the unknown piece but not the blank.
 
     Every character of the texts becomes a piece, so that none of them is unknown. The same texts in the same order give
     the same tokenizer.
 
     Raises:
-        ConfigError: the texts hold fewer different pieces, or more different characters, than `vocab_size`.
+        ConfigError: the texts contain fewer distinct pieces, or more distinct characters, than `vocab_size`.
     """
     sink = io.BytesIO()
     try:
@@ -47,9 +47,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> SentencePieceToken
 
 
 def as_tokenizer_json(content: bytes) -> str:
-    """`tokenizer.json` of a SentencePiece model: the same pieces under the same ids, and the blank behind them.
+    """`tokenizer.json` of a SentencePiece model: the same pieces with the same ids, followed by the blank.
 
-    Characters are normalised by NFKC where the model has a rule of its own, which differs for few letters.
+    Characters are normalised by NFKC instead of the model's own rule, which differs for few letters.
 
     Args:
         content: the bytes of `tokenizer.model`.
@@ -87,7 +87,7 @@ def _is_bpe(scores: list[float]) -> bool:
 
 
 def _merges(pieces: list[str]) -> list[tuple[str, str]]:
-    """The merges of a BPE model whose pieces stand in the order of their rank."""
+    """The merges of a BPE model whose pieces are in order of rank."""
     known = {piece: rank for rank, piece in enumerate(pieces) if not re.fullmatch(r"<.+>", piece)}
     merges = []
     for piece in known:

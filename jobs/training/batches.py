@@ -1,9 +1,9 @@
-"""Utterances -> the batches of a run: an order that is a pure function of the seed, and features made ahead of use.
+"""Utterances -> the batches of a run, in an order that is a pure function of the seed, with features computed ahead.
 
     epoch -> global batches (one optimiser step each) -> a worker's part -> micro-batches (one pass of the model each)
 
-A global batch does not depend on the number of workers, and an utterance is augmented by numbers drawn from (seed,
-epoch, utterance). So a run can be resumed at any step, on any number of workers, and sees the same data.
+A global batch does not depend on the number of workers, and an utterance is augmented with random numbers seeded by
+(seed, epoch, utterance). So a run can be resumed at any step, with any number of workers, and sees the same data.
 """
 
 import itertools
@@ -23,13 +23,13 @@ from parakeet_core.augment import SpecAugment, perturb_speed
 from parakeet_core.batching import plan_batches
 from parakeet_core.features import LogMelFrontend
 
-LENGTH_JITTER = 0.1  # lengths are sorted with this relative noise, so that no two epochs have the same batches
-STEPS_AHEAD = 2  # batches made before they are asked for: one to wait for, one in case it takes longer
+LENGTH_JITTER = 0.1  # relative noise on the lengths before sorting, so that no two epochs have the same batches
+STEPS_AHEAD = 2  # batches prepared before they are asked for: the next one, and another in case it takes longer
 
 
 @dataclass(frozen=True)
 class Position:
-    """The next batch of a run: `batch` of `epoch`, both from 0."""
+    """The next batch of a run: `batch` of `epoch`, both counted from 0."""
 
     epoch: int = 0
     batch: int = 0
@@ -53,10 +53,10 @@ class Step:
     """A worker's part of one optimiser step.
 
     Attributes:
-        micro_batches: at least one, also where the worker has no utterance of its own; see `weight`.
-        items: utterances of the global batch.
-        weight: of the losses; 0 for a worker without utterances, which runs another's so as to take part.
-        after: the position behind this step.
+        micro_batches: at least one, even if the worker has no utterance of its own; see `weight`.
+        items: number of utterances in the global batch.
+        weight: of the losses; 0 for a worker without utterances, which runs another worker's in order to take part.
+        after: the position after this step.
     """
 
     micro_batches: list[MicroBatch]
@@ -70,10 +70,10 @@ def epoch_batches(frames: np.ndarray, batch_frames: float, seed: int, epoch: int
 
     Args:
         frames: [N], of each utterance.
-        batch_frames: frames of a batch, on average; batches of an epoch are equally large.
+        batch_frames: average frames of a batch; the batches of an epoch are about equally large.
 
     Returns:
-        Arrays of indices that hold every utterance exactly once.
+        Arrays of indices that together contain every utterance exactly once.
     """
     rng = np.random.default_rng([seed, epoch])
     jitter = rng.uniform(1 - LENGTH_JITTER, 1 + LENGTH_JITTER, len(frames))
@@ -90,11 +90,11 @@ class TrainingBatches:
 
     Args:
         audio: of the split.
-        batch_frames: frames of a global batch.
-        micro_frames: greatest cost of a micro-batch, in frames (see `parakeet_core.batching`).
+        batch_frames: average frames of a global batch.
+        micro_frames: maximum cost of a micro-batch, in frames (see `parakeet_core.batching`).
         speeds, augment: how utterances are changed.
-        rank, world: this worker among all.
-        threads: that make features.
+        rank, world: this worker's number, and the number of workers.
+        threads: number of threads that compute features.
     """
 
     def __init__(
@@ -142,7 +142,7 @@ class TrainingBatches:
                 yield epoch, batches[number], Position(epoch + 1, 0) if last else Position(epoch, number + 1)
 
     def _micro_groups(self, batch: np.ndarray) -> tuple[list[np.ndarray], float]:
-        """The worker's utterances of a global batch, in micro-batches, and the weight of their losses."""
+        """This worker's utterances of a global batch, in micro-batches, and the weight of their losses."""
         frames = self.utterances.frames
         dealt = batch[np.argsort(frames[batch], kind="stable")]
         own, weight = dealt[self.rank :: self.world], 1.0

@@ -1,10 +1,10 @@
-"""Checkpoints of a run: everything that a killed run needs to go on as if it had not been killed.
+"""Checkpoints of a run: everything that a killed run needs to continue as if it had not been killed.
 
     OUTPUT/checkpoints/step-00001000-00.safetensors   weights, statistics and the optimiser's state, up to 1 GiB a file
     OUTPUT/checkpoints/step-00001000.json             the commit point, written last: the files with their digests, the
                                                       position in the data, the best measurement so far
 
-Random numbers need no state: they are drawn from (seed, step, worker) and (seed, epoch, utterance). Nothing is pickled.
+Random numbers need no state: they are seeded by (seed, step, worker) and (seed, epoch, utterance). Nothing is pickled.
 """
 
 import hashlib
@@ -21,8 +21,8 @@ from jobs.training.batches import Position
 from parakeet_core.errors import CheckpointError
 
 FOLDER = "checkpoints"
-FILE_BYTES = 1 << 30  # one put request takes 5 GiB at most, and a file is held in memory while it is written
-KEPT = 2  # the one before the last stays until the last is there
+FILE_BYTES = 1 << 30  # a put request allows at most 5 GiB, and a file is held in memory while it is written
+KEPT = 2  # checkpoints: the last and the one before it
 COMMIT_NAME = re.compile(r"^step-(\d{8})\.json$")
 
 
@@ -34,9 +34,9 @@ class Progress:
         step: optimiser steps done.
         position: of the next batch.
         skipped: steps whose gradient was not finite and was not applied.
-        best_wer: of all measurements so far, taken after `best_step`; None before the first.
+        best_wer: the lowest of all measurements so far, taken after `best_step`; None before the first.
         measured_step: the last step after which the error rate was measured.
-        without_gain: measurements in a row that were not better.
+        without_gain: number of measurements since the best one.
     """
 
     step: int = 0
@@ -49,7 +49,7 @@ class Progress:
 
 
 def save_checkpoint(output: Storage, progress: Progress, model: nn.Module, optimiser: torch.optim.Optimizer) -> None:
-    """Write a checkpoint, whole or not at all, and delete those before the last two."""
+    """Write a checkpoint, atomically, and delete all but the last two."""
     stem, files = f"step-{progress.step:08d}", []
     for number, tensors in enumerate(_grouped(_state(model, optimiser))):
         content = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
@@ -58,7 +58,7 @@ def save_checkpoint(output: Storage, progress: Progress, model: nn.Module, optim
     record = json.dumps({"files": files, "progress": asdict(progress)}, indent=1)
     output.write_atomic(f"{FOLDER}/{stem}.json", record.encode())
     for old in list_checkpoints(output)[:-KEPT]:
-        output.delete(f"{FOLDER}/step-{old:08d}.json")  # first: what is not committed is nothing
+        output.delete(f"{FOLDER}/step-{old:08d}.json")  # first: files without a commit point do not count
     kept = {stem} | {f"step-{step:08d}" for step in list_checkpoints(output)}
     for name in output.list_names(FOLDER):
         if name[: len(stem)] not in kept:
@@ -72,16 +72,16 @@ def list_checkpoints(output: Storage) -> list[int]:
 
 
 def read_progress(output: Storage) -> Progress | None:
-    """Of the last checkpoint; None if there is none. Raises CheckpointError."""
+    """Progress of the last checkpoint; None if there is none. Raises CheckpointError."""
     steps = list_checkpoints(output)
     return _record(output, steps[-1])[1] if steps else None
 
 
 def load_checkpoint_into(output: Storage, model: nn.Module, optimiser: torch.optim.Optimizer) -> Progress | None:
-    """Put the last checkpoint into a model and an optimiser of the same shapes; None if there is none.
+    """Load the last checkpoint into a model and an optimiser of the same shapes; None if there is none.
 
     Raises:
-        CheckpointError: it is damaged, or of another model.
+        CheckpointError: it is damaged, or belongs to another model.
     """
     steps = list_checkpoints(output)
     if not steps:
@@ -108,7 +108,7 @@ def load_checkpoint_into(output: Storage, model: nn.Module, optimiser: torch.opt
     model.load_state_dict(weights)
     for name, parameter in model.named_parameters():
         if states[name]:
-            # `step` stays on the host, as the optimiser keeps it there.
+            # `step` stays on the host, where the optimiser keeps it.
             optimiser.state[parameter] = {
                 key: tensor if tensor.ndim == 0 else tensor.to(parameter.device) for key, tensor in states[name].items()
             }
@@ -125,7 +125,7 @@ def _state(model: nn.Module, optimiser: torch.optim.Optimizer) -> dict[str, Tens
 
 
 def _grouped(tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:
-    """The tensors in groups of at most FILE_BYTES, or of one."""
+    """The tensors in groups of at most FILE_BYTES; a larger tensor is a group of its own."""
     groups: list[dict[str, Tensor]] = [{}]
     size = 0
     for name, tensor in tensors.items():

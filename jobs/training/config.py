@@ -12,8 +12,8 @@ from parakeet_core.augment import SpecAugment
 from parakeet_core.errors import ConfigError
 from parakeet_core.training import Schedule
 
-# Options that decide which parameters come out. Where, how often and on how many machines does not: a run may be
-# resumed with other values of all other options.
+# Options that decide which parameters result. Where, how often and on how many machines a run works does not: all other
+# options may change when a run is resumed.
 _DECISIVE = (
     "train", "validation", "model", "model_config", "vocab_size", "text_form", "min_confidence", "min_audio_s",
     "max_audio_s", "epochs", "max_steps", "batch_audio_s", "learning_rate", "schedule", "warmup_steps", "weight_decay",
@@ -21,7 +21,7 @@ _DECISIVE = (
     "time_width", "precision", "seed",
 )  # fmt: skip
 
-MAX_CPUS_PER_GPU = 8  # audio is decoded beforehand, and features are made at some thousand times real time per thread
+MAX_CPUS_PER_GPU = 8  # audio is decoded beforehand; a thread computes features at some thousand times real time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,8 +156,8 @@ class FinetuneConfig(StorageConfig):
         return SpecAugment(self.freq_masks, self.freq_width, self.time_masks, self.time_width)
 
     def decisive_options(self) -> dict:
-        """The options that a resumed run must share with the run it continues; they are written down, so without the
-        secrets that URLs can carry."""
+        """The options that a resumed run must share with the run it continues, without the secrets that URLs can
+        contain, because they are stored."""
         options = {name: value for name, value in asdict(self).items() if name in _DECISIVE}
         options |= {name: tuple(self._scrubbed(url) for url in options[name]) for name in ("train", "validation")}
         return options | {name: self._scrubbed(options[name]) for name in ("model", "model_config")}
@@ -166,7 +166,7 @@ class FinetuneConfig(StorageConfig):
         return None if url is None else scrub(url, self.storage())
 
     def fingerprint(self, weights_sha256: str) -> str:
-        """Of what decides the result besides the data.
+        """Fingerprint of what decides the result, except the data.
 
         Args:
             weights_sha256: of the checkpoint that training starts from, or of --model-config.

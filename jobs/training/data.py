@@ -1,9 +1,10 @@
-"""Labelled shards -> prepared audio: decoded once, to 16-bit samples at the model's rate; and its reader.
+"""Labelled shards -> prepared audio, decoded once to 16-bit samples at the model's rate; and its reader.
 
     OUTPUT/data/<split>/audio-<shard>.arrow   the samples of one shard's items that have a text
-    OUTPUT/data/<split>/index.parquet         written last, one row per item of the split: what there is, what is wrong
+    OUTPUT/data/<split>/index.parquet         written last; one row per item of the split: its audio, or what is wrong
 
-An hour takes 115 MB. Workers map the files of a local output, and fetch those of an object store once per node.
+An hour takes 115 MB. Workers map the files of a local output into memory, and fetch those of an object store once per
+node.
 """
 
 import hashlib
@@ -31,10 +32,10 @@ INDEX_SCHEMA = pa.schema(
     [
         pa.field("id", pa.string()),
         pa.field("text", pa.string()),
-        pa.field("samples", pa.int64()),  # 0 where the item was left out
+        pa.field("samples", pa.int64()),  # 0 if the item was not decoded
         pa.field("file", pa.string()),
-        pa.field("row", pa.int64()),  # in the file
-        pa.field("rejection", pa.string()),  # of `labels.Rejection`; null for what can be used
+        pa.field("row", pa.int64()),  # number in the file
+        pa.field("rejection", pa.string()),  # a `labels.Rejection`; null if the item can be used
         pa.field("message", pa.string()),
     ]
 )
@@ -42,7 +43,7 @@ AUDIO_SCHEMA = pa.schema([pa.field("audio", pa.large_binary())])  # int16, littl
 
 
 def read_index(folder: Storage) -> pa.Table | None:
-    """The index of a split (`INDEX_SCHEMA`); None if it is not prepared yet."""
+    """The index of a split (`INDEX_SCHEMA`); None if the split is not prepared yet."""
     if not folder.exists(INDEX_FILE):
         return None
     return pq.read_table(io.BytesIO(folder.read_bytes(INDEX_FILE)), schema=INDEX_SCHEMA)
@@ -53,7 +54,7 @@ def prepare_split(
 ) -> pa.Table:
     """Decode a split on all CPUs of the cluster, and return its index.
 
-    The order of the rows is that of the shards and of the items in them, whatever order they were done in.
+    Rows are in the order of the shards and of the items in them, whatever order they were decoded in.
 
     Args:
         folder: OUTPUT/data/<split>.
@@ -62,7 +63,7 @@ def prepare_split(
     Raises:
         ray.exceptions.RayError: a task failed for good.
     """
-    import ray  # the rest of this module also serves where Ray is not installed
+    import ray  # the rest of this module works without Ray
 
     prepare = ray.remote(num_cpus=1, max_retries=0)(prepare_shard)
     first_try = [prepare.remote(shard, folder, sample_rate_hz, max_audio_s) for shard in shards]
@@ -70,14 +71,14 @@ def prepare_split(
     for shard, table in zip(shards, first_try, strict=True):
         try:
             tables.append(ray.get(table))
-        except ray.exceptions.WorkerCrashedError:  # lost with its node, or to an item: the next try bears such items
+        except ray.exceptions.WorkerCrashedError:  # node lost, or an item crashed it: the next try survives such items
             again = prepare.options(max_retries=3).remote(shard, folder, sample_rate_hz, max_audio_s, careful=True)
             tables.append(ray.get(again))
     return write_index(folder, tables)
 
 
 def write_index(folder: Storage, tables: Sequence[pa.Table]) -> pa.Table:
-    """The index of a split from those of its shards, which is written last of all."""
+    """Join the indices of the shards to the index of the split, and write it, after all other files."""
     index = pa.concat_tables(tables) if tables else INDEX_SCHEMA.empty_table()
     sink = io.BytesIO()
     pq.write_table(index, sink, compression="zstd")
@@ -91,7 +92,7 @@ def prepare_shard(
     """Write the audio file of one shard and return its part of the index.
 
     Args:
-        careful: decode in a process beside this one, so that an item which ends it costs one row.
+        careful: decode in a separate process, so that an item which crashes it costs only its own row.
     """
     decoder = ShardDecoder(careful_shards=1 if careful else 0)
     with decoder.shard():
@@ -110,7 +111,7 @@ def _file_name(shard: LabelledShard) -> str:
 def _decoded_rows(
     shard: LabelledShard, decoder: ShardDecoder, sample_rate_hz: int, max_audio_s: float
 ) -> tuple[list[dict], list[bytes]]:
-    """(rows of the index, samples of those that are kept)."""
+    """(rows of the index, samples of the items that are kept)."""
     rows, audio = [], []
     for item, text, doubtful in shard.items():
         row = {"id": item.id, "text": text, "samples": 0, "file": _file_name(shard), "row": len(audio)}
@@ -141,7 +142,7 @@ def decode_samples(item: ReadItem, decoder: ShardDecoder, sample_rate_hz: int) -
     finally:
         if isinstance(item.payload, SourceFile):
             item.payload.close()
-            item.payload.raise_error()  # a storage failure that the decoder saw as an end of file
+            item.payload.raise_error()  # a storage failure that looked like the end of the file to the decoder
     return np.clip(np.rint(audio.waveform * FULL_SCALE), -FULL_SCALE, FULL_SCALE - 1).astype("<i2")
 
 
@@ -168,7 +169,7 @@ class PreparedAudio:
     def _local(self, file: str) -> Path:
         if self.folder.is_local:
             return Path(self.folder.path(file))
-        # What the store says of a file tells it from one written anew under its name: size, time, digest.
+        # What the store reports about a file (size, time, digest) tells it from a later file of the same name.
         found = self.folder.call(file, self.folder.fs.info, self.folder.path(file))
         told = [str(found.get(key)) for key in ("size", "ETag", "etag", "LastModified", "mtime", "updated")]
         version = hashlib.sha256(" ".join(told).encode()).hexdigest()[:12]

@@ -1,4 +1,4 @@
-"""Texts -> token ids that the CTC loss can be asked for; what cannot be used is counted by its reason.
+"""Texts -> token ids that the CTC loss can be computed for; items that cannot be used are counted by reason.
 
 Knows nothing of audio or of storage.
 """
@@ -26,19 +26,19 @@ class Rejection(StrEnum):
     LOW_CONFIDENCE = "low_confidence"  # a transcript below --min-confidence
     UNREADABLE = "unreadable"  # audio that does not decode
     TOO_LONG = "too_long"  # over --max-audio-s
-    TOO_SHORT = "too_short"  # under --min-audio-s
+    TOO_SHORT = "too_short"  # under --min-audio-s; in validation, without a single frame
     UNKNOWN_CHARACTERS = "unknown_characters"  # the tokenizer has no piece for them
-    MORE_TOKENS_THAN_FRAMES = "more_tokens_than_frames"  # no CTC path writes the text in the audio's time
+    MORE_TOKENS_THAN_FRAMES = "more_tokens_than_frames"  # no CTC path is short enough for the audio
 
 
 @dataclass(frozen=True)
 class Utterances:
-    """Items that can be trained on, in columns of one length N.
+    """Items that can be used, in columns of the same length N.
 
     Attributes:
         ids, texts: of each item.
-        files, rows: where its audio lies.
-        frames: [N] int64, feature frames at its own speed.
+        files, rows: where each item's audio is.
+        frames: [N] int64, feature frames at the original speed.
         token_ids: of each text.
     """
 
@@ -59,11 +59,11 @@ class Utterances:
 
 @dataclass(frozen=True)
 class LabelReport:
-    """What became of the items of a split.
+    """How many items of a split are used, and why the others are not.
 
     Attributes:
-        rejected: reason -> items.
-        examples: (id, reason, what was found) of the first of each reason.
+        rejected: reason -> number of items.
+        examples: (id, reason, what was found) of the first items for each reason.
     """
 
     items: int
@@ -76,7 +76,7 @@ EXAMPLES_PER_REASON = 5
 
 
 def plain_text(texts: TextForm, tokenizer: Tokenizer) -> bool:
-    """Whether texts are brought to lower-case words: see `--text-form`."""
+    """Whether texts are reduced to lower-case words; see `--text-form`."""
     if texts != "auto":
         return texts == "plain"
     return not any(piece != piece.lower() for piece in tokenizer.pieces if not re.fullmatch(r"<.+>", piece))
@@ -93,9 +93,9 @@ def label_utterances(
     """Check every item of an index (`data.INDEX_SCHEMA`) and encode its text.
 
     Args:
-        plain: bring texts to lower-case words first.
-        fastest: the highest speed that training plays them at. None for validation, where a text need not be one that
-            the model could write.
+        plain: reduce texts to lower-case words first.
+        fastest: the highest speed at which training plays the audio. None for validation, where a text may be one that
+            the model cannot produce.
     """
     hop, rate = config.frontend.hop_length, config.frontend.sample_rate_hz
     columns: dict[str, list] = {name: [] for name in ("ids", "texts", "files", "rows", "frames", "token_ids")}
@@ -147,7 +147,7 @@ def lacks_pieces(text: str, ids: list[int], tokenizer: Tokenizer) -> bool:
 
 
 def ctc_frames(ids: list[int]) -> int:
-    """Encoder frames that the shortest CTC path of these tokens takes: one each, and a blank between equal ones."""
+    """Encoder frames of the shortest CTC path for these tokens: one for each, and a blank between equal neighbours."""
     return len(ids) + sum(a == b for a, b in zip(ids, ids[1:], strict=False))
 
 

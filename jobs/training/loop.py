@@ -1,7 +1,7 @@
-"""What every worker runs: steps over its part of the data, measurements, checkpoints; the first worker also writes.
+"""What every worker runs: steps over its part of the data, measurements, checkpoints; only the first worker writes.
 
-All workers hold the same parameters at every step. What a step does follows from the checkpoint, the seed and the
-step's number alone, so that a run that was killed and resumed ends with the parameters of one that was not.
+All workers hold the same parameters at every step. A step depends only on the checkpoint, the seed and the step's
+number, so that a run that was killed and resumed ends with the parameters of one that was not.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ from parakeet_core.tokenizer import Tokenizer
 from parakeet_core.training import CTCObjective, LearningRate, build_optimiser, copy_weights, freeze_batch_norm
 
 MODEL_FOLDER = "model"
-MICRO_BATCH_S = {"cpu": 80.0, "cuda": 400.0}  # on a CPU small batches stay nearer to the cache
+MICRO_BATCH_S = {"cpu": 80.0, "cuda": 400.0}  # on a CPU small batches make better use of the cache
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class TrainingTask:
 
     Attributes:
         start: the checkpoint to start from; None for random weights.
-        keeps_head: whether its head is kept.
+        keeps_head: whether that checkpoint's head is kept.
     """
 
     config: FinetuneConfig
@@ -61,10 +61,11 @@ class TrainingTask:
 
 
 def build_model(task: TrainingTask) -> ParakeetCTC:
-    """The model before the first step, float32, in training mode. The same on every worker.
+    """The model before the first step, float32, in training mode; the same on every worker.
 
     Weights that do not come from a checkpoint have PyTorch's initialisation: with the reference's (standard deviation
-    0.02 for all) the convolutions of a small model pass almost nothing on, and it stays at writing blanks.
+    0.02 for all) the convolutions of a small model pass on almost no signal, and it never learns to emit anything but
+    blanks.
     """
     torch.manual_seed(task.config.seed)
     model = ParakeetCTC(task.model)
@@ -74,9 +75,9 @@ def build_model(task: TrainingTask) -> ParakeetCTC:
 
 
 def train_worker(task: TrainingTask) -> None:
-    """The function of every worker of the `TorchTrainer`."""
+    """The function that the `TorchTrainer` runs in every worker."""
     torch.set_num_threads(task.threads)
-    import ray.train.torch  # the loop itself can be run without Ray
+    import ray.train.torch  # the loop itself runs without Ray
 
     context = ray.train.get_context()
     device = ray.train.torch.get_device()
@@ -87,7 +88,8 @@ class TrainingRun:
     """One worker's side of a run.
 
     Args:
-        rank, world: this worker among all; with more than one, torch's process group is there already.
+        rank, world: this worker's number, and the number of workers; with more than one, torch's process group is
+            already initialised.
     """
 
     def __init__(self, task: TrainingTask, rank: int, world: int, device: torch.device):
@@ -103,7 +105,7 @@ class TrainingRun:
         if world > 1:
             devices = [device] if device.type == "cuda" else None
             self.objective = DistributedDataParallel(objective, device_ids=devices)
-            # As an attribute: torch 2.13 renamed the argument. `_share_statistics` is what keeps BatchNorm's the same.
+            # As an attribute: torch 2.13 renamed the argument. `_share_statistics` keeps BatchNorm's buffers equal.
             self.objective.broadcast_buffers = False
         frames_per_s = 1 / frontend.frame_s
         micro_s = config.micro_batch_audio_s or MICRO_BATCH_S[device.type]
@@ -127,9 +129,9 @@ class TrainingRun:
         self.autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=half)
 
     def run(self) -> None:
-        """From the last checkpoint to the last step, or to the end of patience.
+        """Train from the last checkpoint to the last step, or until patience runs out.
 
-        What training starts from is measured as well: the exported model is never worse than that.
+        The initial model is measured as well, so that the exported model is never worse than it.
         """
         self._checkpointed = time.monotonic()
         if self.progress.step == 0:
@@ -148,7 +150,7 @@ class TrainingRun:
             if measured:
                 self._measure()
                 tally.leave_out_pause()
-            # With an exported model the record of how good it is, so that no worse one takes its place after a kill.
+            # An exported model is recorded with its error rate, so that no worse one replaces it after a kill.
             if (measured and self.progress.best_step == number) or self._checkpoint_due() or self.done:
                 self._checkpoint()
 
@@ -159,7 +161,7 @@ class TrainingRun:
     def _step(self, step: Step) -> tuple[Tensor, float]:
         """One optimiser step: (this worker's share of the mean loss of the global batch, norm of the gradient)."""
         number = self.progress.step
-        # Dropout of this step, whatever ran before it: a resumed run draws the same.
+        # Seeds this step's dropout independently of what ran before, so that a resumed run draws the same.
         torch.manual_seed(int(np.random.SeedSequence([self.config.seed, number, self.rank]).generate_state(1)[0]))
         for group in self.optimiser.param_groups:
             group["lr"] = self.rate.at(number)
@@ -170,7 +172,7 @@ class TrainingRun:
         total = torch.zeros((), device=self.device)
         for index, micro_batch in enumerate(step.micro_batches):
             last = index + 1 == len(step.micro_batches)
-            # Workers exchange gradients once, with the last pass, and take their mean: hence times `world`.
+            # Workers exchange gradients once, in the last pass, and average them: hence the factor `world`.
             with contextlib.nullcontext() if last or self.world == 1 else self.objective.no_sync():
                 with self.autocast():
                     loss = self.objective(*vars(micro_batch.to(self.device)).values()) * (step.weight / step.items)
@@ -180,7 +182,7 @@ class TrainingRun:
         finite = bool(np.isfinite(norm))
         if finite:
             self.optimiser.step()
-        else:  # a pass that is not finite leaves its mark in BatchNorm's statistics too
+        else:  # a pass that is not finite also spoils BatchNorm's statistics
             for buffer, before in zip(self.model.buffers(), statistics, strict=True):
                 buffer.copy_(before)
         self._share_statistics()
@@ -189,7 +191,7 @@ class TrainingRun:
         return total, norm
 
     def _share_statistics(self) -> None:
-        """Average BatchNorm's running statistics over the workers, so that all of them hold the same model."""
+        """Average BatchNorm's running statistics over the workers, so that all hold the same model."""
         if self.world == 1 or self.config.freeze_batch_norm:
             return
         buffers = [buffer for buffer in self.model.buffers() if buffer.is_floating_point()]
@@ -214,7 +216,7 @@ class TrainingRun:
             )
 
     def _measure(self) -> None:
-        """Error rate on the validation set; the best model so far is exported."""
+        """Measure the error rate on the validation set, and export the model if it is the best so far."""
         counts = self._error_counts()
         gain = self.progress.best_wer is None or counts.wer < self.progress.best_wer
         self.progress = replace(
@@ -241,7 +243,7 @@ class TrainingRun:
 
     @torch.no_grad()
     def _error_counts(self) -> ErrorCounts:
-        """Over the whole validation set, each worker a part of it."""
+        """Counts over the whole validation set, of which each worker computes a part."""
         validation, counts = self.task.validation, ErrorCounts()
         own = list(range(self.rank, len(validation), self.world))
         audio, frontend = self.task.data("validation"), LogMelFrontend(self.task.model.frontend)
@@ -269,7 +271,7 @@ class TrainingRun:
     def _checkpoint(self) -> None:
         self._checkpointed = time.monotonic()
         if self.log:
-            self.log.write()  # first: a resumed run keeps the lines up to the checkpoint
+            self.log.write()  # first, because a resumed run keeps the lines up to the checkpoint
             save_checkpoint(self.task.output, self.progress, self.model, self.optimiser)
 
     def _summed(self, values: tuple[float, ...] | list[float]) -> list[float]:
@@ -282,7 +284,7 @@ class TrainingRun:
 
 
 def is_done(progress: Progress, total_steps: int, patience: int | None) -> bool:
-    """Whether a run has come to its end: all steps, or too many measurements without a gain."""
+    """Whether a run is finished: all steps done, or too many measurements without a gain."""
     return progress.step >= total_steps or (patience is not None and progress.without_gain >= patience)
 
 
@@ -294,7 +296,7 @@ class StepTally:
         self.leave_out_pause()
 
     def leave_out_pause(self) -> None:
-        """What has passed since the last step, a measurement, is no time of training."""
+        """Do not count the time since the last step, which a measurement took, as training time."""
         self._since = time.monotonic()
 
     def add(self, loss: Tensor, step: Step, norm: float) -> None:

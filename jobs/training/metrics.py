@@ -1,4 +1,4 @@
-"""What a run says about itself: JSON lines, one file that is written whole, so that it fits the checkpoints.
+"""The metrics of a run: JSON lines in a file that is always rewritten whole, so that it agrees with the checkpoints.
 
 {"step": 20, "epoch": 0, "loss": 3.1, "learning_rate": 3e-05, "gradient_norm": 2.2, "rtfx": 41.0, ...}
 {"step": 200, "validation_wer": 0.31, "validation_cer": 0.12, "validation_loss": 0.9, "best": true, ...}
@@ -30,7 +30,7 @@ class ErrorCounts:
     items: float = 0.0
 
     def add(self, reference: str, hypothesis: str) -> None:
-        """Count one item, in lower case and without punctuation; the reference has words."""
+        """Count one item, in lower case and without punctuation; the reference must contain words."""
         reference, hypothesis = normalise_words(reference), normalise_words(hypothesis)
         by_word, by_char = jiwer.process_words(reference, hypothesis), jiwer.process_characters(reference, hypothesis)
         self.word_errors += by_word.substitutions + by_word.deletions + by_word.insertions
@@ -55,7 +55,7 @@ class MetricsLog:
     """The lines of a run, kept by one worker.
 
     Args:
-        last_step: lines of later steps are forgotten: a resumed run writes them again.
+        last_step: lines of later steps are dropped, because a resumed run writes them again.
     """
 
     def __init__(self, output: Storage, last_step: int):
@@ -75,7 +75,7 @@ class MetricsLog:
 
 
 def read_metrics(output: Storage) -> list[dict]:
-    """All lines; none where there is no file yet."""
+    """All lines; none if there is no file yet."""
     if not output.exists(METRICS_FILE):
         return []
     return [json.loads(line) for line in output.read_bytes(METRICS_FILE).decode().splitlines()]
@@ -87,7 +87,7 @@ def measurements(lines: Sequence[dict]) -> list[dict]:
 
 
 def describe(line: dict) -> str:
-    """One line of metrics for people."""
+    """One line of metrics as text for people."""
     if "validation_wer" in line:
         best = ", the lowest so far: exported" if line["best"] else ""
         return (

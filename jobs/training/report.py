@@ -12,11 +12,11 @@ from jobs.training.metrics import measurements, read_metrics
 from jobs.training.setup import LABELS_FILE, RUN_FILE
 
 REPORT_FILE = "report.html"
-NUMBERS_SHOWN = 50  # rows of a table: evenly spaced ones of a long run
+NUMBERS_SHOWN = 50  # rows of a table; evenly spaced ones for a long run
 
 
 def write_training_report(output: Storage) -> None:
-    """Write the page from what a run has left in its output, however far it came. Raises InputError."""
+    """Write the page from what is in the output of a run, however far the run came. Raises InputError."""
     lines = read_metrics(output)
     labels, run = (json.loads(output.read_bytes(name)) for name in (LABELS_FILE, RUN_FILE))
     output.write_atomic(REPORT_FILE, render_training_report(lines, labels, run).encode("utf-8", "replace"))
@@ -26,7 +26,7 @@ def render_training_report(lines: Sequence[dict], labels: dict, run: dict) -> Ht
     """The page.
 
     Args:
-        lines: of metrics.
+        lines: of the metrics.
         labels: `LabelReport` of each split, as dicts.
         run: the record of the run's options.
     """
@@ -49,7 +49,7 @@ def render_training_report(lines: Sequence[dict], labels: dict, run: dict) -> Ht
 
 
 def _curve(title: str, caption: str, lines: Sequence[dict], key: str, scale: float = 1.0, unit: str = "") -> Html | str:
-    """A line over the steps with its numbers; nothing for a run that has none yet."""
+    """A curve over the steps, and its numbers; nothing for a run that has none yet."""
     lines = [line for line in lines if math.isfinite(line[key])]
     steps, values = [line["step"] for line in lines], [line[key] * scale for line in lines]
     if not steps or steps[-1] == 0 or max(values) <= 0:

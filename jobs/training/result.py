@@ -1,4 +1,4 @@
-"""What a training run says: its metrics while it runs, what it came to at its end. Knows nothing of Ray."""
+"""What a training run prints: its metrics while it runs, and its result at the end. Knows nothing of Ray."""
 
 import json
 import sys
@@ -21,13 +21,13 @@ FOLLOW_EVERY_S = 2.0  # one small read of the metrics
 
 @dataclass(frozen=True)
 class FinetuneResult:
-    """What a run came to.
+    """The result of a run.
 
     Attributes:
-        model: where the best model lies.
-        wer_before: on the validation set, of what training started from.
-        best_wer, best_step: of that model, on the same set.
-        skipped_steps: whose gradient was not finite.
+        model: where the best model is.
+        wer_before: WER on the validation set before training.
+        best_wer, best_step: WER of the best model on the same set, and the step after which it was measured.
+        skipped_steps: number of steps whose gradient was not finite.
     """
 
     model: str
@@ -42,9 +42,9 @@ class FinetuneResult:
 
 @contextmanager
 def following(output: Storage, before: Progress | None) -> Iterator[None]:
-    """Print lines of metrics as they come into the output, which is where the workers write them."""
+    """Print lines of metrics as they appear in the output, where the workers write them."""
     ended = threading.Event()
-    # Whole lines, as two of them may have been written in the same moment.
+    # Compared as whole lines, because two may have been written at the same moment.
     seen = {json.dumps(line) for line in read_metrics(output)} if before is not None else set()
 
     def follow() -> None:
@@ -70,7 +70,7 @@ def following(output: Storage, before: Progress | None) -> Iterator[None]:
 
 
 def read_result(output: Storage, reports: dict[str, LabelReport]) -> FinetuneResult:
-    """From what a run has left in its output."""
+    """The result of a run, from what is in its output."""
     progress = read_progress(output)
     return FinetuneResult(
         model=output.source(MODEL_FOLDER),

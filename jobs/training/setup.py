@@ -1,4 +1,4 @@
-"""Options and prepared data -> what the workers are told: architecture, tokenizer, labels; and whose output it is."""
+"""Options and prepared data -> the workers' task: architecture, tokenizer, labels. Also claims the output for a run."""
 
 import dataclasses
 import hashlib
@@ -32,7 +32,7 @@ def claim_output(output: Storage, config: FinetuneConfig, start: ModelReference 
     """Mark an output as this run's, or check that it is.
 
     Raises:
-        ConfigError: another run has begun it.
+        ConfigError: it belongs to another run.
     """
     origin = start.digest if start else hashlib.sha256(Path(config.model_config).read_bytes()).hexdigest()
     options = json.loads(json.dumps(config.decisive_options()))
@@ -53,7 +53,7 @@ def claim_output(output: Storage, config: FinetuneConfig, start: ModelReference 
             f"{output.url} holds another run ({'; '.join(changed) or 'other weights to start from'}); "
             "use another --output, or the same options"
         )
-    # Runs that were begun before these files were noted go on without.
+    # Outputs of earlier versions do not record these files; their runs continue without the check.
     if found.get("files") and (changed := differing_files(found["files"], record["files"])):
         raise ConfigError(
             f"{output.url} was begun with another {changed} beside the same weights to start from; put back the file "
@@ -62,7 +62,7 @@ def claim_output(output: Storage, config: FinetuneConfig, start: ModelReference 
 
 
 def architecture(config: FinetuneConfig, start: ModelReference | None) -> tuple[EncoderConfig, FrontendConfig]:
-    """Encoder and front end, from the checkpoint or from --model-config, with the dropout that was asked for.
+    """Encoder and front end, from the checkpoint or from --model-config, with the dropout of --dropout.
 
     Raises:
         CheckpointError: --model-config does not describe an encoder.
@@ -80,7 +80,7 @@ def architecture(config: FinetuneConfig, start: ModelReference | None) -> tuple[
 
 
 def split_shards(config: FinetuneConfig, split: str, folder: Storage) -> list[LabelledShard]:
-    """The labelled shards of a split, their plans kept in `folder`. Raises ConfigError."""
+    """The labelled shards of a split, whose plans are kept in `folder`. Raises ConfigError."""
     return labelled_shards(
         getattr(config, split),
         folder,
@@ -101,13 +101,13 @@ def make_task(
     device: str,
     threads: int,
 ) -> tuple[TrainingTask, dict[str, LabelReport]]:
-    """What the workers are told, and what became of the labels; both are written to the output as well.
+    """The workers' task, and a report on the labels of each split. Also writes that report and the model's files.
 
     Args:
         indices: of the prepared audio of "train" and "validation".
 
     Raises:
-        ConfigError: nothing to train on, or to measure.
+        ConfigError: there is nothing to train on, or nothing to validate on.
     """
     tokenizer = choose_tokenizer(config, start, indices["train"], output)
     model = model_config(encoder, frontend, tokenizer, config, start)
@@ -134,17 +134,17 @@ def make_task(
 def choose_tokenizer(
     config: FinetuneConfig, start: ModelReference | None, index: pa.Table, output: Storage
 ) -> Tokenizer:
-    """The checkpoint's, or a new one from the training texts, which is made once and kept in the output.
+    """The checkpoint's, or a new one from the training texts, which is built once and kept in the output.
 
     Raises:
-        ConfigError: the texts do not give so many pieces.
+        ConfigError: the texts do not yield that many pieces.
     """
     if config.vocab_size is None:
         return start.tokenizer
     if not output.exists(TOKENIZER_FILE):
         usable = index.filter(index["rejection"].is_null())["text"].to_pylist()
         texts = [text for text in usable if text.strip()]
-        if config.text_form != "raw":  # a new tokenizer knows no capitals unless it is made for them
+        if config.text_form != "raw":  # a new tokenizer has no capitals unless they are asked for
             texts = [normalise_words(text) for text in texts]
         output.write_atomic(TOKENIZER_FILE, train_tokenizer(texts, config.vocab_size).content())
     return SentencePieceTokenizer(output.read_bytes(TOKENIZER_FILE))
@@ -153,7 +153,7 @@ def choose_tokenizer(
 def model_config(
     encoder: EncoderConfig, frontend: FrontendConfig, tokenizer: Tokenizer, config: FinetuneConfig, start
 ) -> ModelConfig:
-    """Of the model that is trained. A new vocabulary has its blank behind the last piece."""
+    """Configuration of the model that is trained. In a new vocabulary the blank comes after the last piece."""
     if config.vocab_size is None:
         return dataclasses.replace(start.config, encoder=encoder)
     return ModelConfig(encoder, frontend, vocab_size=len(tokenizer.pieces) + 1, blank_id=len(tokenizer.pieces))
@@ -162,10 +162,10 @@ def model_config(
 def label_splits(
     config: FinetuneConfig, model: ModelConfig, tokenizer: Tokenizer, train: pa.Table, validation: pa.Table
 ) -> dict[str, tuple[Utterances, LabelReport]]:
-    """Both splits, checked.
+    """Check the labels of both splits.
 
     Raises:
-        ConfigError: nothing is left of one of them.
+        ConfigError: one of them has no usable item.
     """
     plain = plain_text(config.text_form, tokenizer)
     fastest = max(config.speed_factors)
@@ -183,7 +183,7 @@ def label_splits(
 
 
 def write_model_files(output: Storage, model: ModelConfig, tokenizer: Tokenizer) -> None:
-    """Everything of OUTPUT/model/ but the weights, which come with the first measurement."""
+    """Write everything in OUTPUT/model/ except the weights, which the first measurement writes."""
     for name, content in checkpoint_files(model, tokenizer).items():
         output.write_atomic(f"{MODEL_FOLDER}/{name}", content)
 

@@ -1,9 +1,9 @@
 """Inputs with texts -> labelled shards: rows of a plan, and where their texts are.
 
-    any input layout     planned as the transcription job plans it; the texts are the items' references
-    a transcript output  its own plan and its table; the texts are what the model heard, where it was confident
+    any input layout     planned as by the transcription job; the texts are the items' references
+    a transcript output  its own plan and its table; the texts are the transcripts in which the model was confident
 
-What was planned for a split stays: files that come into an input later do not change the data of a run that goes on.
+The plan of a split stays: files added to an input later do not change the data of a resumed run.
 """
 
 import io
@@ -24,7 +24,7 @@ from jobs.table.ownership import JOB_FILE, recorded_fingerprint
 from jobs.table.parts import TABLE_FOLDER, find_committed
 from parakeet_core.errors import ConfigError
 
-SHARD_AUDIO_S = 600.0  # prepared by one task and kept as one file: 19 MB of samples
+SHARD_AUDIO_S = 600.0  # prepared by one task and stored as one file: 19 MB of samples
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,11 @@ class LabelledShard:
 
     Attributes:
         name: of the shard, unique in its split.
-        plan: where its plan lies.
-        plan_file, row_group: its rows there.
-        table: the file of transcripts that holds its texts, under `plan`; None where the items bring their references.
+        plan: where its plan is.
+        plan_file, row_group: its rows in the plan.
+        table: the file of transcripts with its texts, under `plan`; None if the items have references.
         min_confidence: rows of the table below it count as having no text.
-        sources: how to reach the audio.
+        sources: options for reading the audio.
     """
 
     name: str
@@ -49,7 +49,7 @@ class LabelledShard:
     min_confidence: float = 0.0
 
     def items(self) -> Iterator[tuple[ReadItem, str | None, bool]]:
-        """(item, its text, whether a text was left out for its low confidence), read as they are asked for."""
+        """(item, its text, whether a text was left out for low confidence), read on demand."""
         rows = read_shard(self.plan, self.plan_file, self.row_group)
         if self.table is None:
             for item in read_items(rows, self.sources):
@@ -60,7 +60,7 @@ class LabelledShard:
             yield item, texts.get(item.id), item.id in doubtful
 
     def _transcripts(self) -> tuple[dict[str, str], set[str]]:
-        """Texts by id, and the ids whose text is not confident enough."""
+        """Texts by id, and the ids whose text has too low a confidence."""
         content = io.BytesIO(self.plan.read_bytes(self.table))
         rows = pq.read_table(content, columns=["id", "status", "text", "confidence"]).to_pylist()
         heard = [row for row in rows if row["status"] == "ok"]
@@ -79,10 +79,10 @@ def labelled_shards(
     """The shards of several inputs, in the order of the inputs.
 
     Args:
-        plans: where the plans of inputs are kept, one folder for each.
+        plans: where the plans of the inputs are kept, one folder for each.
 
     Raises:
-        ConfigError: an input cannot be read, or is not the one that was planned here before.
+        ConfigError: an input cannot be read, or is not the one that was planned here earlier.
     """
     shards = []
     for number, url in enumerate(urls):
@@ -96,7 +96,7 @@ def labelled_shards(
 
 
 def _has_suffix(url: str) -> bool:
-    """A manifest, a tar or a glob: not a folder, and not every storage likes to be asked for a file below a file."""
+    """Whether it looks like a manifest, a tar or a glob, not a folder: some storages fail on a path below a file."""
     return "." in url.rpartition("/")[2] or "*" in url
 
 
@@ -130,7 +130,7 @@ def _input_shards(number: int, options: InputOptions, plan: Storage) -> list[Lab
         )
     with scan_input(options) as scan:
         planning = PlanOptions(SHARD_AUDIO_S, storage=scan.storage)
-        with plan_shards(scan.batches(), planning) as planned:  # also where there is a plan: it learns signed URLs
+        with plan_shards(scan.batches(), planning) as planned:  # even if there is a plan: this collects signed URLs
             if not planned.shards:
                 raise ConfigError(f"{source['input']}: no item there")
             generations = generations or [write_plan(plan, planned, source)]

@@ -1,4 +1,4 @@
-"""Augmentation: what it hides, what it keeps, and that its numbers come from the caller alone."""
+"""Augmentation: what it masks, what it keeps, and that its random numbers come only from the caller."""
 
 import numpy as np
 import pytest
@@ -48,7 +48,7 @@ def test_nothing_is_hidden_where_nothing_is_asked_for():
 
 @pytest.mark.parametrize("factor", [0.9, 1.1, 1.5])
 def test_speed_changes_length_and_pitch(factor):
-    """A sine of 440 Hz becomes one of 440 Hz times the factor, as long as that makes it."""
+    """A sine of 440 Hz becomes one of 440 Hz times the factor, with its length divided by the factor."""
     rate = 16_000
     waveform = np.sin(2 * np.pi * 440 * np.arange(2 * rate) / rate).astype(np.float32)
     faster = perturb_speed(waveform, factor, rate)

@@ -1,4 +1,4 @@
-"""Hugging Face directories: forms of files, dtypes, digest, and everything that is refused, named in one message."""
+"""Hugging Face directories: forms of files, dtypes, digest, and refusals that name all faults in one message."""
 
 import hashlib
 import json
@@ -88,7 +88,7 @@ def test_nested_form_is_preferred(directory):
 
 
 def test_preemphasis_can_be_off(directory):
-    """The reference leaves the filter out where the value is null."""
+    """The reference applies no filter if the value is null."""
     write_json(directory / "processor_config.json", {"feature_extractor": {"feature_size": 80, "preemphasis": None}})
     assert load_checkpoint(directory).config.frontend.preemphasis == 0.0
 
@@ -111,7 +111,7 @@ def test_sentencepiece_model_in_place_of_the_json(directory):
     ids=str,
 )
 def test_encoder_to_train_from_random_weights(tmp_path, content, named):
-    """Alone or in a whole config.json; a file of something else is not a model of 0.6 billion defaults."""
+    """Alone or in a whole config.json; a file of another kind must not become the default model of 0.6 billion."""
     good = {"hidden_size": 32, "num_attention_heads": 4}
     for form in (good, {"encoder_config": good}):
         write_json(tmp_path / "config.json", form)
@@ -150,7 +150,7 @@ def test_digest_of_shards_is_over_their_sums(tmp_path, model):
 
 
 def test_files_beside_the_weights_are_those_that_were_read(directory):
-    shutil.copy(TINY_EN / "tokenizer.model", directory)  # tokenizer.json goes before it
+    shutil.copy(TINY_EN / "tokenizer.model", directory)  # tokenizer.json takes precedence
     before = load_checkpoint(directory).source.files
     assert list(before) == ["config.json", "processor_config.json", "tokenizer.json"]
     for name in before:
@@ -161,7 +161,7 @@ def test_files_beside_the_weights_are_those_that_were_read(directory):
 
 
 def test_weights_are_not_written_by_training(directory, model):
-    """The mapping is private: a step on the loaded model leaves the file as it was."""
+    """The mapping is private: a training step on the loaded model leaves the file unchanged."""
     before = (directory / "model.safetensors").read_bytes()
     loaded = load_checkpoint(directory).model
     with torch.no_grad():

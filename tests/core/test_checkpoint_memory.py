@@ -1,4 +1,4 @@
-"""Loading holds the weights about once: peak resident memory in a process of its own, over what its imports took."""
+"""Loading holds the weights about once: peak resident memory in a separate process, beyond what its imports took."""
 
 import subprocess
 import sys
@@ -36,7 +36,7 @@ print(status_bytes("VmHWM") - before)
 
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory):
-    """Both forms of a model of two layers at the width of the published ones, and its bytes."""
+    """A model of two layers as wide as the published ones, in both forms, and the bytes of its weights."""
     folder = tmp_path_factory.mktemp("large")
     torch.manual_seed(0)
     sizes = {"d_model": 1024, "n_heads": 8, "d_ff": 4096, "subsampling_channels": 256, "n_layers": 2}

@@ -1,4 +1,4 @@
-"""NeMo archives: forms, options that are refused, and archives made to do harm or broken on the way."""
+"""NeMo archives: forms, options that are refused, and archives that are malicious or damaged."""
 
 import hashlib
 import io
@@ -72,7 +72,7 @@ def test_options_that_nemo_leaves_out(tmp_path):
 
 
 def test_defaults_are_those_of_nemo(tmp_path):
-    """Of its ConformerEncoder and AudioToMelSpectrogramPreprocessor, which differ from the reference's."""
+    """Those of ConformerEncoder and AudioToMelSpectrogramPreprocessor, which differ from the reference's."""
     model = small_model(seed=6, mels=64, subsampling_channels=32, subsampling_factor=4)
     left_out = ["n_heads", "subsampling_factor", "subsampling_conv_channels", "dropout_emb", "dropout_att"]
     changes = dict.fromkeys(f"encoder.{name}" for name in left_out)
@@ -85,7 +85,7 @@ def test_defaults_are_those_of_nemo(tmp_path):
 
 
 def test_preemphasis_can_be_off(tmp_path, model):
-    """In NeMo, too, null means that there is no filter."""
+    """In NeMo, too, null means no filter."""
     content = write_nemo(tmp_path / "m.nemo", model, {"preprocessor.preemph": "null"}).read_bytes()
     (tmp_path / "m.nemo").write_bytes(content.replace(b"preemph: 'null'", b"preemph:  null "))
     assert load_checkpoint(tmp_path / "m.nemo").config.frontend.preemphasis == 0.0
@@ -227,7 +227,7 @@ def test_transducer_without_a_ctc_head(tmp_path, model):
 
 
 class Bomb:
-    """Unpickling it makes a directory."""
+    """Unpickling it creates a directory."""
 
     def __init__(self, path):
         self.path = str(path)
@@ -247,7 +247,7 @@ def test_pickled_objects_are_refused_unexecuted(tmp_path, model, form):
         torch.save(content, buffer, _use_new_zipfile_serialization=form == "zip")
     assert "not a file of tensors alone" in refusal(write_nemo(tmp_path / "m.nemo", model, weights=buffer.getvalue()))
     assert not trace.exists()
-    pickle.loads(pickle.dumps(Bomb(trace)))  # noqa: S301 - of this test's own making
+    pickle.loads(pickle.dumps(Bomb(trace)))  # noqa: S301 - made by this test
     assert trace.exists()  # the bomb is live
 
 
@@ -262,7 +262,7 @@ def test_weights_that_are_no_mapping_of_tensors(tmp_path, model):
 
 @pytest.mark.parametrize("prefix", ["../", "../../outside/", "/tmp/parakeet-outside/", "./a/../../"])
 def test_member_names_are_no_paths_to_write(tmp_path, model, prefix):
-    """Members are read by their last name; nothing appears beside the archive or where their names point."""
+    """Members are found by file name; nothing is written beside the archive or where their paths point."""
     folder = tmp_path / "deep" / "folder"
     folder.mkdir(parents=True)
     path = write_nemo(folder / "m.nemo", model, prefix=prefix)
@@ -273,7 +273,7 @@ def test_member_names_are_no_paths_to_write(tmp_path, model, prefix):
 
 
 def test_links_are_not_followed(tmp_path, model):
-    """A member that is a link to a file outside is as good as absent."""
+    """A member that links to a file outside counts as absent."""
     (tmp_path / "secret").write_text("encoder: {}")
     good = write_nemo(tmp_path / "good.nemo", model)
     with tarfile.open(good) as archive, tarfile.open(tmp_path / "m.nemo", "w") as changed:
@@ -313,7 +313,7 @@ def test_file_that_is_no_archive(tmp_path):
 
 
 def is_refused(path) -> bool:
-    """False where it loads. Any error but a CheckpointError that names the file fails the test."""
+    """False if it loads. Any error other than a CheckpointError that names the file fails the test."""
     try:
         load_checkpoint(path)
     except CheckpointError as error:
@@ -327,14 +327,14 @@ def is_refused(path) -> bool:
 def test_truncated_anywhere(tmp_path, model, compress):
     whole = write_nemo(tmp_path / "whole.nemo", model, compress=compress).read_bytes()
     path = tmp_path / "m.nemo"
-    for step in range(38):  # what follows is the tar's own end mark, which need not be there
+    for step in range(38):  # the rest is the tar's end mark, which is not required
         path.write_bytes(whole[: len(whole) * step // 40])
         assert is_refused(path)
 
 
 @pytest.mark.parametrize("compress", [False, True], ids=["tar", "gzip"])
 def test_flipped_bytes(tmp_path, model, compress):
-    """One damaged byte anywhere gives a CheckpointError or, where nothing checks it, a model; never another error."""
+    """One damaged byte anywhere gives a CheckpointError or, if nothing checks that byte, a model; no other error."""
     whole = write_nemo(tmp_path / "whole.nemo", model, compress=compress).read_bytes()
     path = tmp_path / "m.nemo"
     generator = torch.Generator().manual_seed(0)

@@ -24,7 +24,7 @@ def paths(prompts):
 
 
 def test_text(tiny_en, paths, expected):
-    """As a user calls it, in a process of its own; texts alone on standard output."""
+    """As a user calls it, in a separate process; only texts on standard output."""
     command = [sys.executable, "-m", "parakeet_core", str(tiny_en), *paths]
     done = subprocess.run(command, cwd=REPO, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""The loss against a sum over every path; its reductions, targets that do not fit, gradients and dtypes."""
+"""The loss compared with a sum over every path; its reductions, targets that do not fit, gradients and dtypes."""
 
 import itertools
 import math
@@ -14,7 +14,7 @@ BLANK = 3
 
 
 def loss_over_all_paths(log_probs: torch.Tensor, target: list[int]) -> float:
-    """-log of the total probability of the paths [U] that collapse to `target`, by trying all V^U of them."""
+    """-log of the total probability of the paths [U] that collapse to `target`, by trying all V^U paths."""
     total = 0.0
     for path in itertools.product(range(log_probs.shape[1]), repeat=log_probs.shape[0]):
         collapsed = [token for token, _ in itertools.groupby(path)]
@@ -57,7 +57,7 @@ def test_reductions_are_built_from_the_items():
     each = ctc_loss(*arguments, BLANK, "none")
     assert each.shape == (3,)
     assert float(ctc_loss(*arguments, BLANK, "sum")) == pytest.approx(float(each.sum()), rel=1e-6)
-    mean = (each / torch.tensor([3.0, 2.0, 1.0])).mean()  # an empty target divides by one
+    mean = (each / torch.tensor([3.0, 2.0, 1.0])).mean()  # for an empty target the divisor is one
     assert float(ctc_loss(*arguments, BLANK, "mean")) == pytest.approx(float(mean), rel=1e-6)
 
 
@@ -84,7 +84,7 @@ def test_targets_that_do_not_fit(target):
 
 
 def test_items_without_frames():
-    """An item of no frames that says nothing costs nothing; one that should say something does not fit."""
+    """For an item without frames the loss is 0 if its target is empty, else infinite: the target does not fit."""
     logits = logits_of(4, 4, items=2)
     each = ctc_loss(
         logits,

@@ -1,4 +1,4 @@
-"""Greedy CTC against a loop in plain Python: ids, frame times, posteriors, words."""
+"""Greedy CTC compared with a loop in plain Python: ids, frame times, posteriors, words."""
 
 import numpy as np
 import pytest
@@ -74,7 +74,7 @@ def test_runs_and_blanks(ids, expected):
 
 
 def test_nothing_past_the_length_is_decoded():
-    """Neither a token that stands there nor a run that goes on."""
+    """Neither a token that begins there nor the rest of a run."""
     logits = torch.zeros(2, 5, BLANK + 1)
     logits[:, :, 1] = 9.0
     first, second = decode_greedy(logits, torch.tensor([2, 0]), BLANK)
@@ -112,7 +112,7 @@ def tokenizer(request):
 @given(ids=st.lists(st.integers(0, 127), max_size=25))
 @settings(max_examples=150)
 def test_words_joined_are_the_text(tokenizer, ids):
-    """Whatever ids a model emits, the unknown piece and pieces without letters among them."""
+    """Whatever ids a model emits, including the unknown piece and pieces without letters."""
     count = len(ids)
     starts = np.arange(count) * 3
     tokens = Tokens(np.array(ids, dtype=np.int64), starts, starts + 2, np.linspace(0.1, 1, count), 0.0)

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 REPO = Path(__file__).resolve().parents[2]
-# What a step may never need: what would point backward, and what the core is used without.
+# Packages that must never be imported: those that come later in the data flow, and those the core works without.
 FORBIDDEN = {
     "parakeet_core": {"ray", "jobs", "cluster", "tests", "fsspec", "s3fs", "botocore", "pyarrow", "transformers"},
     "jobs": {"cluster", "tests", "transformers"},
 }
-# Of `jobs`: packages, and the modules beside them that packages use. The programs import these, and none of these them.
+# Packages of `jobs`, and the modules beside them that packages use. Programs import these; these import no program.
 LAYERS = [
     "storage",
     "blocks",
@@ -33,7 +33,7 @@ PIPELINE = ["config", "encoder", "ctc", "inference", "words", "decoding", "devic
 
 
 def imported_modules(path) -> set[str]:
-    """Top-level names of every import in a file, wherever it stands."""
+    """Full names of the modules imported anywhere in a file."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -54,7 +54,7 @@ def test_no_forbidden_import_is_written(package):
 
 
 def test_no_forbidden_module_is_loaded():
-    """Also not by a third party on our behalf: every module of the core is imported in a fresh interpreter."""
+    """Not even by a third-party package: every module of the core is imported in a fresh interpreter."""
     modules = [
         f"parakeet_core.{path.stem}" for path in (REPO / "parakeet_core").glob("*.py") if path.stem != "__main__"
     ]
@@ -88,7 +88,7 @@ def test_packages_of_jobs_import_earlier_ones_only():
 
 @pytest.mark.parametrize("program", ["jobs.show", "jobs.compact"])
 def test_programs_without_a_model_do_not_load_torch(program):
-    """It takes seconds."""
+    """Loading torch takes seconds."""
     done = subprocess.run(
         [sys.executable, "-c", f"import sys, {program}; print('torch' in sys.modules)"],
         cwd=REPO, capture_output=True, text=True, check=True,

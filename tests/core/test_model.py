@@ -1,4 +1,4 @@
-"""The two forms of the model: alone = in any padded batch, any order, any tile, plain = fused, edges and lengths."""
+"""Both forms of the model: alone = in any padded batch, in any order, with any tile; plain = fused; edges, lengths."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from parakeet_core.ctc import ParakeetCTC
 from parakeet_core.encoder import shift_relative
 from parakeet_core.errors import CheckpointError
 
-ROUNDING = 2e-5  # relative: what another order of float32 sums leaves after two layers
+ROUNDING = 2e-5  # relative: the effect of another order of float32 sums after two layers
 SWITCHES = st.fixed_dictionaries(
     {
         "attention_bias": st.booleans(),
@@ -69,7 +69,7 @@ def test_fused_as_plain(lengths, switches, seed):
 
 @torch.no_grad()
 def test_channels_that_hardly_vary():
-    """BatchNorm's epsilon counts where a channel's variance is as small; elsewhere leaving it out would not show."""
+    """BatchNorm's epsilon matters if a channel's variance is as small; otherwise omitting it would not be noticed."""
     model = small_model(1)
     for layer in model.encoder.layers:
         layer.conv.norm.running_var.fill_(1e-5)
@@ -98,7 +98,7 @@ def test_frames_past_the_length_do_not_matter(form, garbage):
     "options", [{}, {"subsampling_factor": 4, "subsampling_kernel": 5}, {"subsampling_factor": 16}]
 )
 def test_any_tile_of_the_subsampling(frames, options, monkeypatch):
-    """From one encoder frame a tile to one tile for all, with an item that ends inside a tile."""
+    """From one encoder frame per tile to a single tile, with an item that ends inside a tile."""
     model = small_model(2, **options)
     features, lens = random_features([frames, max(frames - 9, 0), frames // 2])
     states, out_lens = model.encoder.subsampling(features, lens)
@@ -127,7 +127,7 @@ def test_tiles_of_the_real_size():
 
 @torch.no_grad()
 def test_position_tables_grow_and_stay_right():
-    """A short batch after a long one uses the middle of the long one's table; a longer one makes it anew."""
+    """A short batch after a long one uses the middle of the long one's table; a longer batch rebuilds the table."""
     model = small_model(4)
     fused = model.prepare_inference()
     for frames in (40, 8 * inference.POSITION_STEP + 8, 16, 1, 8 * inference.POSITION_STEP, 300):
@@ -191,7 +191,7 @@ def test_plain_model_stays_usable_and_trainable_after_prepare():
 @given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 3), st.integers(0, 7))
 @settings(max_examples=40)
 def test_shift_relative_by_its_definition(queries, keys, heads, more):
-    """`more` columns that nothing is taken from."""
+    """The last `more` columns are not used."""
     scores = torch.randn(2, heads, queries, queries + keys - 1 + more)
     shifted = shift_relative(scores, keys) if more else shift_relative(scores)
     assert shifted.shape == (2, heads, queries, keys)
@@ -205,7 +205,8 @@ def test_shift_relative_by_its_definition(queries, keys, heads, more):
 @pytest.mark.parametrize("multiple", [1, 8])
 @torch.no_grad()
 def test_attention_in_blocks_of_queries_with_aligned_rows(lens, block, multiple, monkeypatch):
-    """Long items: the same as all scores at once, whether blocks end with the item or not; and with a GPU's columns."""
+    """Long items: as with all scores at once, whether or not blocks end with the item, and with rows aligned as on a
+    GPU."""
     model = small_model(seed=5)
     features, lens = random_features(lens)
     expected, out_lens = model(features, lens)

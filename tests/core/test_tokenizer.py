@@ -1,4 +1,4 @@
-"""Both tokenizer formats behind one interface, and files that are neither."""
+"""Both tokenizer formats through one interface, and files in neither format."""
 
 import json
 
@@ -39,7 +39,7 @@ def test_pieces_are_by_id(both):
 
 
 def test_truncation_and_padding_of_the_file_are_left_out(both):
-    """transformers leaves them out too; labels would be cut, or filled with blanks."""
+    """transformers ignores them too; otherwise labels would be cut, or filled with blanks."""
     content = json.loads(both[0].content())
     content["truncation"] = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
     content["padding"] = {
@@ -61,7 +61,7 @@ def test_unknown_piece_by_any_name(both):
 
 
 def test_words_of_a_byte_level_tokenizer():
-    """Its pieces have another mark before a word, and spell bytes."""
+    """Its pieces mark the start of a word differently, and spell bytes."""
     library = tokenizers.Tokenizer(models.BPE())
     library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     library.decoder = decoders.ByteLevel()
@@ -84,7 +84,7 @@ def test_empty_text(both):
 
 
 def test_unknown_piece(both):
-    """Each form prints id 0 as its library does: the JSON form leaves it out, SentencePiece shows it."""
+    """Each form decodes id 0 as its library does: the JSON form omits it, SentencePiece shows it."""
     from_json, from_model = both
     a, b = from_json.encode("a")[0], from_json.encode("b")[0]
     assert from_json.decode([a, 0, b]) == "a b"
@@ -116,7 +116,7 @@ def test_missing_file_is_refused(tmp_path):
 
 @pytest.mark.parametrize(("vocab_size", "fits"), [(127, False), (128, True), (129, True), (130, False)])
 def test_pieces_must_cover_the_vocabulary(both, vocab_size, fits):
-    """All ids have a text but for the blank, which may have one."""
+    """Every id has a piece, except that the blank need not have one."""
     _, from_model = both
     if fits:
         check_pieces(from_model, vocab_size, "tokenizer.model")

@@ -1,4 +1,4 @@
-"""New tokenizers, and SentencePiece models in the form of tokenizer.json: the same ids and texts by both libraries."""
+"""New tokenizers, and SentencePiece models as tokenizer.json: the same ids and texts from both libraries."""
 
 import pytest
 import sentencepiece

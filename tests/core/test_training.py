@@ -1,4 +1,4 @@
-"""Training mode: what is random is, gradients reach every parameter, and a model can learn a batch by heart."""
+"""Training mode: dropout is random, gradients reach every parameter, and a model can learn a batch by heart."""
 
 import dataclasses
 
@@ -27,7 +27,7 @@ def loss_of(model: ParakeetCTC) -> torch.Tensor:
 
 
 def freeze_statistics(model: ParakeetCTC) -> ParakeetCTC:
-    """Training mode with BatchNorm's running statistics, so that only dropout makes calls differ."""
+    """Training mode, but BatchNorm uses its running statistics, so that calls differ only by dropout."""
     model.train()
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm1d):
@@ -70,7 +70,7 @@ def test_subsampling_on_a_cpu_as_its_layers_one_after_another(autocast, toleranc
 
 @pytest.mark.parametrize("rates", [{}, {"dropout": 0.1, "attention_dropout": 0.1, "layerdrop": 0.4}], ids=str)
 def test_gradients_reach_every_parameter(rates):
-    """In every step, whatever layers are dropped: data-parallel training waits for all of them."""
+    """In every step, whichever layers are dropped: data-parallel training waits for all of them."""
     model = model_with(**rates).train()
     torch.manual_seed(1)
     seen = set()
@@ -121,7 +121,7 @@ def test_weight_decay_is_of_matrices_and_kernels_alone():
 
 
 def test_learns_a_batch_by_heart():
-    """The whole loop: loss, gradients, steps, eval, and the inference form of what was learned."""
+    """The whole loop: loss, gradients, steps, eval, and the inference form of the trained model."""
     torch.manual_seed(0)
     model = ParakeetCTC(small_config(n_layers=1, **NO_DROPOUT)).train()
     optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3)

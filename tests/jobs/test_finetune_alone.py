@@ -1,4 +1,4 @@
-"""The training job in one process where Ray cannot be imported: the same run, and one resumes the other."""
+"""The training job in one process, where Ray cannot be imported: the same run, and it resumes one begun with Ray."""
 
 import subprocess
 import sys
@@ -43,7 +43,7 @@ class StopAfterCheckpoint(TrainingRun):
 
 
 def test_ends_as_the_worker_of_a_ray_job(manifests, tmp_path):
-    """Begun by a worker's loop, gone on with where Ray is not there: equal to a run that was never stopped."""
+    """Begun by a worker's loop and resumed without Ray, it equals a run that was never stopped."""
     undisturbed = train(training_config(*manifests, tmp_path / "a", **OPTIONS))
     task = make_task(training_config(*manifests, tmp_path / "b", **OPTIONS, checkpoint_steps=2))
     with pytest.raises(KeyboardInterrupt):

@@ -1,4 +1,4 @@
-"""What is trained on: texts of every layout, pseudo-labels of a transcript table, and labels that cannot be used."""
+"""Training data: texts of every layout, pseudo-labels from a transcript table, and labels that cannot be used."""
 
 import json
 from pathlib import Path
@@ -45,7 +45,7 @@ def test_audio_alone_is_refused(layouts, tmp_path):
 @pytest.mark.usefixtures("ray_cluster")
 @pytest.mark.parametrize("layout", ["manifest", "webdataset", "parquet"])
 def test_pseudo_labels_of_a_transcript_table(layout, layouts, tmp_path):
-    """A finished table as the input: its texts, not the references, and of confident rows only."""
+    """With a finished table as input, its texts are used, not the references, and only of confident rows."""
     table = tmp_path / "table"
     assert run(job_config(layouts[layout], table, shard_audio_s=20)).exit_code == 0
     rows = read_table(table)
@@ -129,7 +129,7 @@ def test_audio_without_a_frame_is_left_out_of_validation_too(tmp_path):
     ("nodes", "options", "expected"),
     [
         ([(8, 0)], {}, ("cpu", 1, 8)),
-        ([(4, 0), (4, 0)], {}, ("cpu", 1, 4)),  # a worker is on one node
+        ([(4, 0), (4, 0)], {}, ("cpu", 1, 4)),  # a worker fits on one node
         ([(4, 0), (4, 0)], {"workers": 3}, ("cpu", 3, 2)),
         ([(4, 0), (4, 0)], {"workers": 2, "cpus_per_worker": 1}, ("cpu", 2, 1)),
         ([(4, 1), (64, 0)], {}, ("cuda", 1, 4)),
@@ -147,7 +147,7 @@ def test_every_worker_has_a_place_on_one_node(nodes, options, expected, tmp_path
 
 
 def test_workers_without_a_place_are_told_of(tmp_path, capsys):
-    """An autoscaler may add nodes: so it waits, but says for what."""
+    """An autoscaler may add nodes, so the job waits, but says what for."""
     config = training_config(str(tmp_path / "a"), "b", tmp_path, device="cuda", workers=4)
     share_nodes(config, [{"CPU": 8.0, "GPU": 1.0}])
     assert "places for 1 of 4 workers" in capsys.readouterr().err
@@ -155,7 +155,7 @@ def test_workers_without_a_place_are_told_of(tmp_path, capsys):
 
 @pytest.mark.parametrize("replaced", [("<unk>", "[UNK]"), ('"unk_token": "<unk>"', '"unk_token": null')], ids=str)
 def test_unknown_characters_whatever_the_tokenizer_does_with_them(replaced):
-    """It may call them by any name, or leave them out."""
+    """It may have any name for them, or omit them."""
     content = (TINY_EN / "tokenizer.json").read_text(encoding="utf-8")
     tokenizer = TokenizerJson(content.replace(*replaced))
     assert lacks_pieces("größer", tokenizer.encode("größer"), tokenizer)
@@ -164,7 +164,7 @@ def test_unknown_characters_whatever_the_tokenizer_does_with_them(replaced):
 
 @pytest.mark.parametrize(("given", "used"), [(0.0, 0.0), (0.05, 0.05), (0.5, 0.2)])
 def test_dropout_is_that_of_all_rates(given, used, tmp_path):
-    """Rates that a model may do without, of positions and of layers, are made smaller only."""
+    """The rates of positions and layers, which a model may leave at 0, are only lowered, never raised."""
     rates = {"hidden_size": 32, "num_attention_heads": 4, "layerdrop": 0.2, "dropout_positions": 0.2, "dropout": 0.1}
     (tmp_path / "config.json").write_text(json.dumps({"encoder_config": rates}))
     options = {"model_config": str(tmp_path / "config.json"), "vocab_size": 9, "dropout": given}
@@ -195,7 +195,7 @@ def test_text_form(tmp_path):
 
 
 def test_what_was_planned_stays(tmp_path):
-    """A file that comes into a folder later does not change the data of a run that goes on."""
+    """Items added to an input later do not change the data of a resumed run."""
     validation = prompt_manifest(tmp_path / "val.jsonl", 30, 32)
     manifest = Path(prompt_manifest(tmp_path / "train.jsonl", 0, 3))
     config = training_config(str(manifest), validation, tmp_path / "out")
@@ -258,7 +258,7 @@ def test_options_are_checked(options, message):
 
 
 def test_seed_and_new_vocabulary_from_random_weights(tmp_path):
-    """From a config.json: a tokenizer of the training texts, a head of its size, weights that follow the seed."""
+    """From a config.json: a tokenizer from the training texts, a head of its size, weights determined by the seed."""
     train_set, validation = (
         prompt_manifest(tmp_path / "train.jsonl", 0, 20),
         prompt_manifest(tmp_path / "val.jsonl", 20, 22),

@@ -31,7 +31,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def manifests(tmp_path) -> tuple[str, str]:
-    """Eight short prompts to train on and four to measure."""
+    """Eight short prompts for training and four for validation."""
     return prompt_manifest(tmp_path / "train.jsonl", 0, 8), prompt_manifest(tmp_path / "val.jsonl", 8, 12)
 
 
@@ -40,7 +40,7 @@ def parameters(run: TrainingRun) -> dict[str, torch.Tensor]:
 
 
 class StopAfterCheckpoint(TrainingRun):
-    """A worker that is gone right after its first checkpoint."""
+    """A worker that dies right after its first checkpoint."""
 
     def _checkpoint(self) -> None:
         super()._checkpoint()
@@ -48,9 +48,9 @@ class StopAfterCheckpoint(TrainingRun):
 
 
 def test_overfits_twenty_recordings_from_random_weights(tmp_path):
-    """Every clip of its training set by heart, by the exported model, read as any checkpoint is.
+    """The exported model, loaded like any checkpoint, knows every clip of its training set by heart.
 
-    In several batches an epoch: of a single one batch normalisation learns the padding too, and a letter stays wrong.
+    With several batches per epoch: with only one, batch normalisation learns the padding too, and a letter stays wrong.
     """
     manifest = prompt_manifest(tmp_path / "train.jsonl", 0, 20)
     same = prompt_manifest(tmp_path / "same.jsonl", 0, 20)
@@ -74,7 +74,7 @@ def test_overfits_twenty_recordings_from_random_weights(tmp_path):
 
 @pytest.mark.parametrize("place", ["local", "s3"])
 def test_resumed_run_ends_with_the_same_parameters(place, manifests, tmp_path, request, monkeypatch):
-    """With everything that is random in training, stopped between two measurements in the second epoch."""
+    """With everything in training that is random, stopped between two measurements in the second epoch."""
     options = {"max_steps": 7, "batch_audio_s": 9, "validate_steps": 3, "log_steps": 2, "dropout": 0.1}
     undisturbed = train(training_config(*manifests, tmp_path / "a", **options))
     output = tmp_path / "b" if place == "local" else s3_output(request, monkeypatch, tmp_path)
@@ -83,7 +83,7 @@ def test_resumed_run_ends_with_the_same_parameters(place, manifests, tmp_path, r
     with pytest.raises(KeyboardInterrupt):
         StopAfterCheckpoint(task, 0, 1, CPU).run()
     assert read_progress(task.output).step == 4
-    torch.manual_seed(99)  # whatever a new process begins with
+    torch.manual_seed(99)  # a new process may begin with any seed
     resumed = TrainingRun(task, 0, 1, CPU)
     resumed.run()
     expected = parameters(undisturbed)
@@ -100,7 +100,7 @@ def test_resumed_run_ends_with_the_same_parameters(place, manifests, tmp_path, r
 
 
 def s3_output(request, monkeypatch, tmp_path: Path) -> str:
-    """A place on the S3 server, which the job finds by the usual variables."""
+    """An output on the S3 server, which the job finds through the usual variables."""
     server = request.getfixturevalue("s3_server")
     variables = {"ACCESS_KEY_ID": server.key, "SECRET_ACCESS_KEY": server.secret, "REGION": "us-east-1"}
     for name, value in (variables | {"ENDPOINT_URL": server.endpoint_url}).items():
@@ -123,7 +123,7 @@ def test_the_smallest_part_of_an_epoch_is_one_step(manifests, tmp_path):
 
 
 def test_speed_is_that_of_the_steps():
-    """Whatever the measurements between them take."""
+    """However long the measurements between them take."""
     tally, step = StepTally(), Step([], 1, 1.0, Position())
     time.sleep(0.1)
     tally.add(torch.zeros(()), step, 1.0)
@@ -134,7 +134,7 @@ def test_speed_is_that_of_the_steps():
 
 
 def test_accumulated_passes_equal_one(manifests, tmp_path):
-    """A step of one pass, and of one pass per utterance. BatchNorm keeps its statistics, which passes do not share."""
+    """A step in one pass = in one pass per utterance, with fixed BatchNorm statistics, which passes do not share."""
     options = PLAIN | {"max_steps": 3, "batch_audio_s": 30, "warmup_steps": 1, "freeze_batch_norm": True}
     whole = train(training_config(*manifests, tmp_path / "a", **options, micro_batch_audio_s=300))
     cut = train(training_config(*manifests, tmp_path / "b", **options, micro_batch_audio_s=1))
@@ -144,11 +144,11 @@ def test_accumulated_passes_equal_one(manifests, tmp_path):
 def assert_close_parameters(
     found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], start: dict[str, torch.Tensor]
 ) -> None:
-    """Each tensor has moved from its start as expected, to one part in a hundred of the length it moved.
+    """Each tensor has moved from its start as expected, within one hundredth of the distance it moved.
 
-    The order of float32 sums differs, and where a single element's gradient is near zero AdamW's division by a small
-    root makes steps of that: such elements may differ, a tensor may not. A bias on all keys alike changes no
-    attention: its whole gradient is rounding.
+    The order of float32 sums differs, and if an element's gradient is near zero, AdamW's division by a small root turns
+    the difference into steps: single elements may differ, a whole tensor may not. A bias added to every key does not
+    change the attention: its gradient is only rounding.
     """
     for name, tensor in found.items():
         if not name.endswith(("k_proj.bias", "num_batches_tracked")):
@@ -157,12 +157,12 @@ def assert_close_parameters(
 
 
 def test_two_workers_equal_one(manifests, tmp_path):
-    """Two processes under gloo, each with half of every batch, the batches being those of one worker."""
+    """Two processes with gloo, each with half of every batch; the batches are those of one worker."""
     options = PLAIN | {"max_steps": 4, "batch_audio_s": 20, "warmup_steps": 1, "freeze_batch_norm": True}
     options |= {"validate_steps": 2}
     alone = train(training_config(*manifests, tmp_path / "one", **options))
     config = training_config(*manifests, tmp_path / "two", **options)
-    make_task(config)  # prepared once, before both
+    make_task(config)  # prepared once, before both start
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -202,7 +202,7 @@ def test_batches_hold_every_utterance_once_and_cover_any_number_of_workers():
 
 
 def test_workers_share_a_step(manifests, tmp_path):
-    """Three workers see together what one sees, from any position on; one without utterances gets weight zero."""
+    """Three workers together see what one sees, from any position on; one without utterances gets weight zero."""
     task = make_task(training_config(*manifests, tmp_path / "out", batch_audio_s=9, **PLAIN))
     run = TrainingRun(task, 0, 1, CPU)
 
@@ -235,7 +235,7 @@ def test_a_pass_that_is_not_finite_leaves_nothing_in_the_model(manifests, tmp_pa
 
 
 def test_early_stop_keeps_the_best_model(manifests, tmp_path):
-    """A learning rate that ruins the model: an early measurement, if not that of the start, stays the best."""
+    """A learning rate that ruins the model: an early measurement, perhaps the initial one, stays the best."""
     options = PLAIN | {"learning_rate": 0.05, "warmup_steps": 3, "batch_audio_s": 20, "clip_norm": 100.0}
     config = training_config(*manifests, tmp_path / "out", max_steps=40, validate_steps=1, patience=3, **options)
     run = train(config)
@@ -265,13 +265,13 @@ def test_another_tokenizer_beside_the_same_weights_is_refused_in_the_same_output
     with pytest.raises(ConfigError, match="was begun with another tokenizer.json beside the same weights"):
         make_task(config)
     record = json.loads((tmp_path / "out/finetune.json").read_text())
-    del record["files"]  # as of a run that was begun before they were noted
+    del record["files"]  # as in a run begun before they were recorded
     (tmp_path / "out/finetune.json").write_text(json.dumps(record))
     make_task(config)
 
 
 def test_secrets_of_urls_are_not_written_down(manifests, tmp_path):
-    """And what changes with a new signature does not make another run of it."""
+    """Nor does a new signature make it another run."""
     signed = "https://host/{}?X-Amz-Signature=canary{}"
     config = training_config(*manifests, tmp_path / "out")
     output = Storage(config.output, config.storage())
@@ -299,7 +299,7 @@ def test_a_damaged_checkpoint_is_named(manifests, tmp_path):
         load_checkpoint_into(output, run.model, run.optimiser)
     (tmp_path / "out" / "checkpoints" / "step-00000002.json").unlink()
     assert load_checkpoint_into(output, run.model, run.optimiser).step == 1
-    save_checkpoint(output, run.progress, run.model, run.optimiser)  # cleans up what belongs to no checkpoint
+    save_checkpoint(output, run.progress, run.model, run.optimiser)  # deletes files that belong to no checkpoint
     names = output.list_names("checkpoints")
     assert names == [f"step-0000000{step}{end}" for step in (1, 2) for end in ("-00.safetensors", ".json")]
 

@@ -1,4 +1,4 @@
-"""The reference: transformers' Parakeet, as these tests build, save and run it. Nothing else imports transformers."""
+"""The reference: transformers' Parakeet, as these tests build, save and run it."""
 
 from pathlib import Path
 
@@ -48,7 +48,7 @@ def save_reference(model: ParakeetForCTC, path: Path, **options) -> Path:
 
 
 def load_reference(path: Path) -> tuple[ParakeetForCTC, ParakeetProcessor]:
-    """In float32 whatever the files say, in eval mode."""
+    """The reference of a directory, in float32 whatever its files say, in eval mode."""
     model = ParakeetForCTC.from_pretrained(path, dtype=torch.float32)
     return model.eval(), ParakeetProcessor.from_pretrained(path)
 
@@ -60,7 +60,7 @@ def extract(extractor: ParakeetFeatureExtractor, waveforms: list[np.ndarray]) ->
 
 
 def mask_of(lens: torch.Tensor, frames: int) -> torch.Tensor:
-    """What the reference takes in place of lengths: [B, frames] bool."""
+    """The mask [B, frames] bool that the reference takes instead of lengths."""
     return torch.arange(frames) < lens[:, None]
 
 

@@ -1,4 +1,4 @@
-"""What training exports, as transformers reads it: the same tokens, features, logits and texts as by our own loader."""
+"""What training exports, read by transformers: the same tokens, features, logits and texts as with our own loader."""
 
 from pathlib import Path
 
@@ -27,7 +27,7 @@ def export(folder: Path, model: ParakeetCTC, config: ModelConfig, tokenizer: Tok
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_carried_model_exported_again(tmp_path, prompts, dtype):
-    """The export of a loaded checkpoint is that checkpoint, to transformers and to us."""
+    """The export of a loaded checkpoint is the same checkpoint, for transformers and for us."""
     original = load_checkpoint(TINY_EN)
     folder = export(tmp_path / "out", original.model, original.config, original.tokenizer, dtype)
     ours = load_checkpoint(folder)
@@ -50,7 +50,7 @@ def test_carried_model_exported_again(tmp_path, prompts, dtype):
 
 @pytest.mark.parametrize("switches", [{}, {"attention_bias": False, "convolution_bias": False, "scale_input": False}])
 def test_new_vocabulary(tmp_path, prompts, switches):
-    """A model with a tokenizer of its own, from a SentencePiece model alone."""
+    """A model with a new tokenizer, made from a SentencePiece model alone."""
     texts = [clip.text for clip in prompts]
     tokenizer = train_tokenizer(texts, 70)
     config = ModelConfig(small_model(**switches).config.encoder, vocab_size=71, blank_id=70)
@@ -74,7 +74,7 @@ def test_new_vocabulary(tmp_path, prompts, switches):
     "renamed", [{}, {"<pad>": "[PAD]", "<unk>": "[UNK]"}, {'"unk_token": "<unk>"': '"unk_token": null'}]
 )
 def test_special_pieces_by_any_name(tmp_path, renamed):
-    """transformers finds the blank under its name, and decodes without it."""
+    """transformers finds the blank by its name, and leaves it out when it decodes."""
     path = write_hf(tmp_path / "in", small_model())
     content = (path / "tokenizer.json").read_text(encoding="utf-8")
     for name, other in renamed.items():
@@ -90,7 +90,7 @@ def test_special_pieces_by_any_name(tmp_path, renamed):
 
 
 def test_a_checkpoint_of_ours_keeps_its_dropout(tmp_path):
-    """What only training uses is written as well, so that a model can be trained on."""
+    """Settings that only training uses are written too, so that training can continue from the export."""
     path = write_hf(tmp_path / "in", small_model())
     original = load_checkpoint(path)
     folder = export(tmp_path / "out", original.model, original.config, original.tokenizer, "float32")

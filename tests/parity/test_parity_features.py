@@ -1,6 +1,6 @@
 """Features equal the reference's: lengths and masks exactly, values within the stated tolerance.
 
-On the machines seen so far a clip alone gives the same bits; the tolerance leaves room for another BLAS.
+On the machines seen so far, a single clip is bit-identical; the tolerance allows for another BLAS.
 """
 
 import numpy as np
@@ -15,7 +15,7 @@ from parakeet_core.config import FrontendConfig
 from parakeet_core.features import LogMelFrontend, mel_filter_bank
 
 HOP = 160
-LARGEST = 1e-4  # difference of one value
+LARGEST = 1e-4  # difference of any value
 MEAN = 2e-6  # difference over a clip
 
 
@@ -53,13 +53,13 @@ def test_lengths_around_every_hop(frames, offset, mels):
     ours, theirs = pair(mels)
     waveform = noise(frames * HOP + offset, seed=frames)
     features, lens = ours([waveform])
-    assert features.shape[1] == len(waveform) // HOP  # trimmed: the reference's tensor has one masked frame more
+    assert features.shape[1] == len(waveform) // HOP  # trimmed: the reference's tensor has one more, masked frame
     assert_equal(features, lens, *extract(theirs, [waveform]))
 
 
 @pytest.mark.parametrize("samples", [2 * HOP, 2 * HOP + 1, 3 * HOP - 1])
 def test_two_frames(samples):
-    """With two frames every value is +-1/sqrt(2) unless the two are nearly equal, where rounding is amplified."""
+    """With two frames every value is +-1/sqrt(2), unless the two are nearly equal: then rounding is amplified."""
     ours, theirs = pair(80)
     features, lens = ours([noise(samples, seed=5)])
     assert_equal(features, lens, *extract(theirs, [noise(samples, seed=5)]))
@@ -104,7 +104,7 @@ def stationary(kind: str) -> np.ndarray:
 
 @pytest.mark.parametrize("kind", ["tone", "chirp", "clipped", "dc", "under_the_guard"])
 def test_as_near_to_float64_as_the_reference(kind):
-    """The normalisation raises the rounding of such bins to the size of a signal: both are off, each its own way."""
+    """Normalisation amplifies the rounding of such bins to the size of a signal: both are off, each in its own way."""
     ours, theirs = pair(80)
     waveform = stationary(kind)
     exact = torch.from_numpy(features_float64(waveform))
@@ -116,7 +116,7 @@ def test_as_near_to_float64_as_the_reference(kind):
 
 
 def test_digital_silence_is_finite_and_near_zero():
-    """Every frame is log(2^-24): what is left after the mean is rounding, of which the reference makes up to 0.16."""
+    """Every frame is log(2^-24): less the mean only rounding is left, which in the reference comes to up to 0.16."""
     ours, _ = pair(80)
     features, lens = ours([np.zeros(RATE_HZ, np.float32)])
     assert lens.tolist() == [100]
@@ -132,7 +132,7 @@ def test_other_constants(options):
 
 
 def test_recorded_speech(prompts):
-    """Among them MP3 and Opus, whose empty bins turn the order of a sum into 0.06 of a feature."""
+    """Including MP3 and Opus, in whose empty bins the order of a sum changes a feature by 0.06."""
     assert_clips_equal([decode_audio(clip.path) for clip in prompts])
 
 

@@ -14,8 +14,8 @@ from parakeet_core.engine import Engine
 from parakeet_core.features import mel_filter_bank
 
 FEATURES_MAX, FEATURES_MEAN = 1e-4, 2e-6
-LOGITS = 1e-4  # absolute, from the reference's features; logits are of size 10
-FROM_AUDIO = 1e-4  # absolute, from our features
+LOGITS = 1e-4  # absolute, computed from the reference's features; logits are of magnitude 10
+FROM_AUDIO = 1e-4  # absolute, computed from our features
 LOSS = 1e-5  # relative
 
 CHECKPOINTS = {"ckpt_a": "a", "tiny_a.nemo": "a", "ckpt_b": "b", "tiny_b.nemo": "b"}
@@ -23,7 +23,7 @@ CLIPS = {
     "a": ["speech_3s", "chirp_2p5s", "noise_1s", "tone_odd", "dc_clip_0p7s", "f8_1280", "f9_1440", "f2_320"],
     "b": ["speech_3s", "tone_odd", "f2_479"],
 }
-# Clips whose features are stored. Silence is compared from them alone: its own features are rounding.
+# Clips whose features are stored. Silence is compared only from stored features: our own would be mere rounding.
 WITH_FEATURES = {"a": [*CLIPS["a"], "silence_1s"], "b": ["f2_479"]}
 FEATURE_CLIPS = {80: [*CLIPS["a"], "f2_479"], 128: ["noise_1s", "f2_479"]}
 
@@ -48,7 +48,7 @@ def case(request, golden, expected):
 
 
 def reference_features(golden, mels: int, clip: str) -> torch.Tensor:
-    """[1, T, M] of the valid frames."""
+    """Stored features [1, T, M] of the valid frames."""
     stored = load_file(golden / f"features_{mels}.safetensors")
     return stored[f"{clip}.features"][:, : int(stored[f"{clip}.mask"].sum())]
 
@@ -101,7 +101,7 @@ def test_ids_and_text_from_audio(audio, case):
 
 
 def _stored_ids(stored: dict, blank: int) -> list[int]:
-    """Of the valid frames alone: the stored list holds padding's blanks as well."""
+    """Token ids of the valid frames only: the stored list also contains blanks from padding."""
     ids = stored["ids"][: stored["frames_encoder"]]
     return [token for i, token in enumerate(ids) if token != blank and (i == 0 or token != ids[i - 1])]
 
@@ -129,7 +129,7 @@ def test_padded_batch(audio, case):
 
 
 def test_clips_of_one_frame_and_of_none(audio, case):
-    """Where the reference gives NaN: one frame is transcribed like any other, none gives an empty transcript."""
+    """The reference gives NaN for both; ours transcribes one frame like any other, and none as an empty transcript."""
     checkpoint, _, _, _ = case
     clips = ["f1_160", "f1_319", "f0_159", "f0_1", "f2_320"]
     transcripts = Transcriber(checkpoint).transcribe([audio[clip] for clip in clips])
@@ -167,7 +167,7 @@ def test_tokenizer(golden, case):
         frames = torch.tensor([decoded["ids"]])
         batch = collapse_ctc(FrameScores(frames, torch.ones(frames.shape), torch.tensor([frames.shape[1]])), blank)
         ids = batch.ids[0].tolist()
-        if from_nemo and 0 in ids:  # SentencePiece prints the unknown piece, the reference leaves it out
+        if from_nemo and 0 in ids:  # SentencePiece shows the unknown piece, the reference omits it
             continue
         assert checkpoint.tokenizer.decode(ids) == decoded["text"]
         compared += 1

@@ -11,7 +11,7 @@ from parakeet_core.ctc import ctc_loss
 BLANK = VOCAB_SIZE - 1
 LOSS_TOLERANCE = 1e-5  # relative
 GRADIENT_TOLERANCE = 1e-4  # relative to a parameter's largest gradient
-# Of the model's largest gradient. Some are zero but for rounding: a bias before BatchNorm, a bias on all keys alike.
+# Share of the model's largest gradient. Some are only rounding: of a bias before BatchNorm, of the bias of the keys.
 GRADIENT_FLOOR = 1e-6
 NO_DROPOUT = {
     "dropout": 0.0, "dropout_positions": 0.0, "activation_dropout": 0.0, "attention_dropout": 0.0, "layerdrop": 0.0,
@@ -30,7 +30,7 @@ def batch(mels: int = 80) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, tor
     features, lens = random_features(LENS, mels)
     target_lens = torch.tensor([9, 5, 1, 4, 0])
     targets = torch.randint(0, BLANK, (5, 9), generator=torch.Generator().manual_seed(7))
-    targets[0, 3] = targets[0, 2]  # a repeat, which needs a blank between
+    targets[0, 3] = targets[0, 2]  # a repeat, which needs a blank in between
     return features, lens, targets, target_lens
 
 
@@ -43,7 +43,7 @@ def labels_of(targets: torch.Tensor, target_lens: torch.Tensor, fill: int) -> to
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @torch.no_grad()
 def test_reductions_and_impossible_targets(tmp_path, reduction, zero_infinity, fill):
-    """The checkpoint's own reduction and zero_infinity are used where the call does not name others."""
+    """The checkpoint's own reduction and zero_infinity are used unless the call names others."""
     reference = random_reference(1)
     reference.config.ctc_loss_reduction, reference.config.ctc_zero_infinity = reduction, zero_infinity
     ours = load_checkpoint(save_reference(reference, tmp_path)).model
@@ -53,7 +53,7 @@ def test_reductions_and_impossible_targets(tmp_path, reduction, zero_infinity, f
     ).loss
     loss = ours.loss(features, lens, targets, target_lens)
     torch.testing.assert_close(loss, theirs, rtol=LOSS_TOLERANCE, atol=0)
-    padded = labels_of(targets, target_lens, fill)  # the reference's form of targets is taken as well
+    padded = labels_of(targets, target_lens, fill)  # the reference's form of targets is accepted too
     torch.testing.assert_close(ours.loss(features, lens, padded, torch.full((5,), 9)), loss, rtol=0, atol=0)
     assert bool(loss.isfinite().all()) == zero_infinity
     assert loss.shape == ((5,) if reduction == "none" else ())

@@ -43,13 +43,13 @@ SHAPES = {
         "subsampling_conv_channels": 256,
     },
 }  # fmt: skip
-# Around one, two and more encoder frames of 8, a tile's length and one item that fills the batch.
+# Around one, two and more encoder frames of 8; around a tile's length; and one item that fills the batch.
 LENS = [211, 200, 129, 128, 127, 65, 64, 17, 16, 15, 9, 8, 7, 2, 1]
 
 
 @pytest.fixture(scope="module", params=list(SHAPES), ids=lambda name: name.replace(" ", "-").replace(",", ""))
 def models(request, tmp_path_factory):
-    """The reference and our checkpoint of one shape."""
+    """The reference and our checkpoint for one of the shapes."""
     reference = random_reference(len(request.param), blank_bias=2.0, **SHAPES[request.param])
     return reference, load_checkpoint(save_reference(reference, tmp_path_factory.mktemp("checkpoint")))
 
@@ -100,7 +100,7 @@ def test_engine(models):
 
 @torch.no_grad()
 def test_every_length_alone(models):
-    """8k-1, 8k, 8k+1 frames without padding, as one item is run; the reference's tensor has a masked one more."""
+    """8k-1, 8k, 8k+1 frames without padding, as for one item; the reference's tensor has one more, masked frame."""
     reference, ours = models
     if ours.config.encoder.d_model > 512:
         lengths = [8, 9, 16, 17]
@@ -130,7 +130,7 @@ def test_state_names_are_those_of_the_reference(models):
 
 @pytest.mark.parametrize(("frames", "width"), [(1, 32), (375, 1024), (5000, 160)])
 def test_positions(frames, width):
-    """To the last bit: at 5000 frames another rounding of the same formula is 5e-4 off."""
+    """Bit for bit: at 5000 frames another rounding of the same formula is off by 5e-4."""
     reference = random_reference(0, hidden_size=width, num_attention_heads=4, num_hidden_layers=1)
     theirs = reference.encoder.encode_positions(torch.zeros(1, frames, width))[0]
     torch.testing.assert_close(relative_positions(frames, width), theirs, rtol=0, atol=0)
@@ -138,7 +138,7 @@ def test_positions(frames, width):
 
 @torch.no_grad()
 def test_item_without_frames_in_a_batch(tmp_path):
-    """It gives nothing and disturbs no neighbour."""
+    """Its output is empty, and its neighbours are not affected."""
     reference = random_reference(3)
     ours = load_checkpoint(save_reference(reference, tmp_path)).model
     features, lens = random_features([90, 0])
@@ -153,7 +153,7 @@ def test_item_without_frames_in_a_batch(tmp_path):
 
 @torch.no_grad()
 def test_defaults_of_keys_that_public_files_leave_out(tmp_path):
-    """The 1.1b file omits convolution_bias; other keys that equal the reference's defaults may be absent as well."""
+    """The 1.1b file omits convolution_bias; other keys that equal the reference's defaults may be absent too."""
     reference = random_reference(4, hidden_size=64, num_attention_heads=8)
     save_reference(reference, tmp_path)
     content = json.loads((tmp_path / "config.json").read_text())

@@ -7,7 +7,7 @@ from parakeet_core import Transcriber, decode_audio
 
 
 def assert_same_texts(model_path, clips):
-    """Ours in the batches that Transcriber forms; the reference one clip at a time, so that it pads nothing."""
+    """Ours in the batches that Transcriber forms, the reference's one clip at a time, without padding."""
     model, processor = load_reference(model_path)
     transcripts = Transcriber.load(model_path).transcribe([clip.path for clip in clips])
     differing = []
@@ -20,7 +20,7 @@ def assert_same_texts(model_path, clips):
 
 
 def stratified(clips: list, count: int) -> list:
-    """`count` clips at even steps of their length, with the shortest and the longest."""
+    """`count` clips, evenly spaced in order of length, with the shortest and the longest."""
     by_length = sorted(clips, key=lambda clip: clip.duration_s)
     return [by_length[round(i * (len(by_length) - 1) / (count - 1))] for i in range(count)]
 
@@ -51,7 +51,7 @@ def test_every_clip_of_librispeech(shared_model, librispeech):
 
 
 def test_padded_batches_of_the_reference(tiny_en, prompts):
-    """The reference with its own padding and mask says the same as ours without."""
+    """The reference with its own padding and mask gives the same texts as ours without padding."""
     model, processor = load_reference(tiny_en)
     clips = stratified(prompts, 8)
     expected = reference_texts(model, processor, [decode_audio(clip.path) for clip in clips])

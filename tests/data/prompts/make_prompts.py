@@ -1,7 +1,7 @@
 """Make the sample prompts again from Debian's Asterisk packages: audio files and their NeMo manifest.
 
-Needs `dpkg-deb` (and `apt-get`, unless --debs says where the packages lie), PyAV and soundfile. Knows nothing of the
-model: which prompts are here was chosen by hand, and ATTRIBUTION.md says how.
+Needs `dpkg-deb` (and `apt-get`, unless --debs names a folder with the packages), PyAV and soundfile. Knows nothing of
+the model: the prompts were chosen by hand, as ATTRIBUTION.md describes.
 """
 
 import argparse
@@ -51,7 +51,7 @@ def unpack(debs: Path, into: Path, packages: tuple[str, ...] = PACKAGES) -> None
 
 
 def read_transcripts(path: Path) -> dict[str, str]:
-    """Lines `name: what is said`, with `;` before comments -> {name: what is said}."""
+    """Lines `name: spoken text`, and comments that start with `;` -> {name: spoken text}."""
     lines = gzip.decompress(path.read_bytes()).decode().splitlines()
     pairs = (line.split(":", 1) for line in lines if ":" in line and not line.startswith(";"))
     return {name.strip(): prompt.strip() for name, prompt in pairs}
@@ -70,7 +70,7 @@ def decode_g722(path: Path) -> np.ndarray:
 
 
 def make_prompt(root: Path, name: str, prompt: str, suffix: str, output: Path) -> dict:
-    """Write one prompt's audio file and return its line of the manifest."""
+    """Write one prompt's audio file and return its manifest line."""
     path = output / f"{name.replace('/', '-')}.{suffix}"
     file_format, subtype = FORMATS[suffix]
     samples = decode_g722(root / SOUNDS / f"{name}.g722")

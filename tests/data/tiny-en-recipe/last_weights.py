@@ -1,8 +1,8 @@
-"""The weights after a run's last step, as a model: a run itself exports those that were best on its validation set.
+"""Export the weights after a run's last step as a model; the run exports those that were best on its validation set.
 
     python last_weights.py RUN OUTPUT
 
-Takes everything but the weights from RUN/model.
+Everything except the weights comes from RUN/model.
 """
 
 import argparse

@@ -1,10 +1,10 @@
-"""Pack what the recipe needs on a machine with one GPU and without Ray, network or this project's packages.
+"""Pack what the recipe needs on a machine with one GPU that lacks Ray, a network and some of the project's packages.
 
     python pack.py --data FOLDER --output BUNDLE [--python 3.12]
 
-FOLDER holds what real_speech.py and texts.py have made. The bundle is some 45 MB: the recorded speech as Opus, the
-sentences, and the Python packages beside those that such a machine has (torch, numpy, pyarrow, safetensors,
-sentencepiece, tokenizers, fsspec, aiohttp, onnxruntime, scipy, yaml, rich). `run_packed.sh` uses it.
+FOLDER contains the output of real_speech.py and texts.py. The bundle is some 45 MB: the recorded speech as Opus, the
+sentences, and the Python packages that such a machine lacks (it has torch, numpy, pyarrow, safetensors, sentencepiece,
+tokenizers, fsspec, aiohttp, onnxruntime, scipy, yaml, rich). `run_packed.sh` uses it.
 """
 
 import argparse
@@ -19,13 +19,13 @@ from pathlib import Path
 import soundfile
 
 MANIFESTS = ("read", "prompts", "prompts-8khz", "carried-prompts", "held-out")
-OPUS_LEVEL = 0.97  # of libsndfile, which makes some 15 kbit/s of it: enough for read speech at 16 kHz
+OPUS_LEVEL = 0.97  # of libsndfile; gives some 15 kbit/s, enough for read speech at 16 kHz
 PACKAGES = (
     "soundfile", "cffi", "pycparser", "soxr", "jiwer", "rapidfuzz", "tyro", "docstring-parser", "typeguard",
     "botocore", "jmespath", "hibari-tts==0.2.1",
 )  # fmt: skip
-GLIBC = (39, 35, 34, 31, 28, 27, 24, 17)  # minor versions that wheels are named for, and that a machine of 2026 has
-NOT_NEEDED = ("botocore/data", "bin")  # the models of all of AWS's services: 30 MB
+GLIBC = (39, 35, 34, 31, 28, 27, 24, 17)  # minor versions that wheel names use and a machine of 2026 supports
+NOT_NEEDED = ("botocore/data", "bin")  # botocore's descriptions of all AWS services take 30 MB
 
 
 def main() -> None:
@@ -52,7 +52,7 @@ def pack_speech(manifest: Path, folder: Path) -> None:
         line = json.loads(text)
         path = folder / manifest.stem / f"{number:05d}.opus"
         samples, rate_hz = soundfile.read(manifest.parent / line["audio_filepath"], dtype="float32")
-        if rate_hz not in (8000, 12000, 16000, 24000, 48000):  # all that Opus knows
+        if rate_hz not in (8000, 12000, 16000, 24000, 48000):  # all rates that Opus supports
             samples, rate_hz = _resampled(samples, rate_hz)
         soundfile.write(path, samples, rate_hz, format="OGG", subtype="OPUS", compression_level=OPUS_LEVEL)
         lines.append(json.dumps(line | {"audio_filepath": f"{manifest.stem}/{path.name}"}))

