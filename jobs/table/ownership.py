@@ -104,7 +104,7 @@ def check_output(output: Storage, identity: JobIdentity) -> None:
         if same and changed:
             raise ConfigError(
                 f"{output.url} was begun with another {changed} beside the same weights (model {found.get('model')}), "
-                f"which gives other texts than that of {identity.model}; put back the file of then, use another "
+                f"which gives other texts than that of {identity.model}; restore that file, use another "
                 f"--output, or --new-version to have both: this one's table would come under "
                 f"{output.url}/{VERSIONS_FOLDER}/{identity.fingerprint}/"
             )

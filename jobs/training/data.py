@@ -64,6 +64,7 @@ def prepare_split(
         ray.exceptions.RayError: a task failed for good.
     """
     import ray  # the rest of this module works without Ray
+    from ray.exceptions import NodeDiedError, OutOfMemoryError, WorkerCrashedError
 
     prepare = ray.remote(num_cpus=1, max_retries=0)(prepare_shard)
     first_try = [prepare.remote(shard, folder, sample_rate_hz, max_audio_s) for shard in shards]
@@ -71,7 +72,7 @@ def prepare_split(
     for shard, table in zip(shards, first_try, strict=True):
         try:
             tables.append(ray.get(table))
-        except ray.exceptions.WorkerCrashedError:  # node lost, or an item crashed it: the next try survives such items
+        except (WorkerCrashedError, NodeDiedError, OutOfMemoryError):  # the next try survives items that crash it
             again = prepare.options(max_retries=3).remote(shard, folder, sample_rate_hz, max_audio_s, careful=True)
             tables.append(ray.get(again))
     return write_index(folder, tables)

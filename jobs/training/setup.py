@@ -56,8 +56,8 @@ def claim_output(output: Storage, config: FinetuneConfig, start: ModelReference 
     # Outputs of earlier versions do not record these files; their runs continue without the check.
     if found.get("files") and (changed := differing_files(found["files"], record["files"])):
         raise ConfigError(
-            f"{output.url} was begun with another {changed} beside the same weights to start from; put back the file "
-            "of then, or use another --output"
+            f"{output.url} was begun with another {changed} beside the same weights to start from; restore that "
+            "file, or use another --output"
         )
 
 

@@ -40,9 +40,7 @@ def main() -> None:
     parser.add_argument("--model", help="a folder to start from, instead of random weights (see model.json)")
     parser.add_argument("--times", nargs="+", default=[], metavar="NAME=N", help=f"beside or instead of {TIMES}")
     parser.add_argument("--without", type=Path, help="a manifest whose texts are left out of all inputs")
-    parser.add_argument(
-        "options", nargs="*", help="options of the job, behind --, which come before those of this file"
-    )
+    parser.add_argument("options", nargs="*", help="options of the job, after --, which come before those of this file")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # which also ends the trial run
     output = arguments.output.resolve()  # the job runs in the repository root
