@@ -30,9 +30,9 @@ class ModelReference:
 
     Attributes:
         name: a URL, an id of the Hugging Face hub or an absolute path.
-        digest, files: sha256 of its weights, and of the files that decide texts beside them; a worker refuses others.
+        digest, files: sha256 of its weights, and of the files that affect texts besides them; a worker refuses others.
         config, tokenizer: what the stages without weights need.
-        parameters: numbers that its weights hold.
+        parameters: how many numbers its weights hold.
     """
 
     name: str
@@ -95,7 +95,7 @@ def local_model(name: str, storage: StorageOptions) -> Path:
 
 
 def _path_here(name: str) -> Path | None:
-    """The absolute path of a model on this node's disk; None for a URL, and where nothing is there."""
+    """The absolute path of a model on this node's disk; None for a URL, or if nothing is there."""
     if scheme_of(name) != "file":
         return None
     path = Path(name.removeprefix("file://")).expanduser()
@@ -109,8 +109,8 @@ def cache_folder() -> Path:
 def _fetched(source: Storage) -> Path:
     """A copy in this node's cache; actors of one node wait for the one that fetches.
 
-    The copy's name holds the names and sizes of the source's files and what the store says of their content, so a model
-    that was replaced under the same URL is fetched again.
+    The copy's name is a digest of the URL, the files' names and sizes and what the store says of their content, so a
+    model that was replaced under the same URL is fetched again.
     """
     files = _remote_files(source)
     key = hashlib.sha256(repr([source.url, files]).encode()).hexdigest()[:20]

@@ -14,10 +14,10 @@ from jobs.planning.shards import plan_shards
 
 
 def dry_run(config: InputConfig, planned: PlannedItems | None = None) -> int:
-    """Print what the job would be; returns the exit status.
+    """Print what the job would do; returns the exit status.
 
     Args:
-        planned: what the output has planned already (`jobs.planning.item_digests.planned_items`).
+        planned: what is already planned for the output (`jobs.planning.item_digests.planned_items`).
 
     Raises:
         ConfigError: the input cannot be used, or holds nothing.

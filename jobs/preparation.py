@@ -1,4 +1,4 @@
-"""What is settled before Ray starts: model, output, plan, and which shards are to do; and the account of a run.
+"""What is settled before Ray starts: model, output, plan, and which shards are left to do; and the account of a run.
 
 Knows nothing of Ray: a run that finds nothing to do, or is refused, ends here in seconds.
 """
@@ -34,7 +34,7 @@ from jobs.table.parts import TABLE_FOLDER
 from jobs.table.shard_names import pack_shards
 from parakeet_core.errors import ConfigError, CredentialsError, InputError
 
-RECEIPT_EVERY_S = 60.0  # what a killed driver has to look up again: the parts of a minute
+RECEIPT_EVERY_S = 60.0  # so after a kill, only the parts of a minute have to be looked up again
 
 
 @dataclass
@@ -42,7 +42,7 @@ class Run:
     """One run of the job over one output.
 
     Attributes:
-        generations, shards: all that is planned.
+        generations, shards: everything that is planned.
         committed: shards that are done, by whichever run.
         before: sums over the parts that earlier runs committed.
         now: sums over the parts of this run.
@@ -64,8 +64,8 @@ class Run:
     model_idle_share: float | None = None
     throughput: list[tuple[float, float]] = field(default_factory=list)
     started_at: datetime = field(default_factory=lambda: datetime.now(UTC))
-    preparation_s: float = 0.0  # from the command to here: fetching the model, listing, planning
-    clock_start: float = field(default_factory=time.monotonic)  # when all that was done
+    preparation_s: float = 0.0  # from the start of the command: fetching the model, listing, planning
+    clock_start: float = field(default_factory=time.monotonic)  # when that was finished
     receipt_at: float = field(default_factory=time.monotonic)
 
     @property
@@ -74,7 +74,7 @@ class Run:
 
     @property
     def planned_items(self) -> int | None:
-        """Items of the whole input; None where tars hide how many there are."""
+        """Items of the whole input; None if tars hide how many there are."""
         exact = all(generation.exact for generation in self.generations)
         return sum(generation.items for generation in self.generations) if exact else None
 
@@ -95,7 +95,7 @@ class Run:
         self.committed, self.before, self.closed = earlier.shards, earlier.tally, earlier.closed
 
     def commit(self, shard: str) -> None:
-        """Note a committed shard; now and then on storage, too."""
+        """Note a committed shard; every `RECEIPT_EVERY_S` also on storage."""
         self.committed.add(shard)
         if time.monotonic() - self.receipt_at > RECEIPT_EVERY_S:
             self.write_receipt()
@@ -180,10 +180,10 @@ def identify(model: ModelReference, dtype: str) -> JobIdentity:
 def _plan(
     config: TranscribeConfig, output: Storage, first_version: list[Generation]
 ) -> tuple[list[Generation], StorageOptions]:
-    """The plan: generations of earlier runs, and a new one for what has come into the input since; how to reach it.
+    """The plan: generations of earlier runs, and a new one for what the input has gained since; how to reach it.
 
     Args:
-        first_version: the plan under --output itself, whose input all versions share.
+        first_version: the plan under --output itself; all versions share its input.
     """
     place = resolve_input(config.input, config.storage())
     _check_apart(config, *place)
@@ -205,7 +205,7 @@ def _plan(
 def _plan_new_items(
     config: TranscribeConfig, output: Storage, scan: InputScan, source: dict, generations: list[Generation]
 ) -> list[Generation]:
-    """Plan the items that no earlier generation holds; one more generation, or none."""
+    """Plan the items that no earlier generation holds; returns one more generation, or none."""
     known = planned_items(output, generations)
     with plan_shards(scan.batches(), config.planning(scan.storage), known, len(generations)) as plan:
         if plan.rewritten:
@@ -222,7 +222,7 @@ def _plan_new_items(
 
 
 def _check_apart(config: TranscribeConfig, storage: Storage, pattern: str | None, name: str | None) -> None:
-    """Refuse an output that the next run would find in its input, which is what `resolve_input` makes of it."""
+    """Refuse an output that the next run would find in its input, here given as `resolve_input` returns it."""
     folder, output = _real_path(storage), _real_path(Storage(config.output, config.storage()))
     if name is not None or not f"{output}/".startswith(f"{folder}/"):
         return
@@ -241,5 +241,5 @@ def _real_path(storage: Storage) -> str:
 
 def _spelt(storage: Storage, pattern: str | None, name: str | None) -> str:
     """What `resolve_input` makes of the input, in one spelling, whatever the working directory and the slashes."""
-    spelt = glob_translate(pattern) if pattern else name  # as the plans of outputs that are there already have it
+    spelt = glob_translate(pattern) if pattern else name  # as the plans of existing outputs have it
     return scrub("/".join(part for part in (storage.source(""), spelt) if part))

@@ -1,7 +1,7 @@
-"""What earlier runs have done of an output: which shards are committed, and their counts. Knows nothing of Ray.
+"""What earlier runs have done for an output: which shards are committed, and their counts. Knows nothing of Ray.
 
-The receipt names the shards that its sums hold, and is written every minute. So of the committed parts none is opened
-again but those that came after the last receipt: their counts are in their footers.
+The receipt names the shards that its sums include, and is written every minute. So the only committed parts that are
+opened again are those that came after the last receipt: their counts are in their footers.
 """
 
 import json
@@ -38,7 +38,7 @@ def account_earlier(output: Storage, fingerprint: str, planned: set[str], retry_
         retry_errors: leave out the shards with errors that may pass.
 
     Raises:
-        ConfigError: the table's folder holds files of another origin, or shards stand in two of them.
+        ConfigError: the table's folder holds files of another origin, or shards are in two of them.
     """
     committed = find_undoubled(output, fingerprint, planned)
     shards, tally, complete = _read_receipt(output, fingerprint)
@@ -54,7 +54,7 @@ def account_earlier(output: Storage, fingerprint: str, planned: set[str], retry_
 
 
 def find_undoubled(output: Storage, fingerprint: str, planned: set[str]) -> Committed:
-    """The files of the table. Raises ConfigError as `find_committed`, and where shards stand in two of them."""
+    """The files of the table. Raises ConfigError as `find_committed`, and if shards are in two of them."""
     committed = find_committed(output, fingerprint, planned)
     if committed.doubled:
         raise ConfigError(
@@ -85,8 +85,8 @@ def _read_receipt(output: Storage, fingerprint: str) -> tuple[set[str], Tally, b
             reference_words=found["reference_words"],
             errors_by_kind=dict(found["errors_by_kind"]),
         )
-        # A run that was stopped between the two counts leaves them apart.
+        # A run that was stopped between updating the two leaves different counts.
         holds = found["fingerprint"] == fingerprint and found["shards_done"] == len(shards)
         return (shards, tally, bool(found["complete"])) if holds else nothing
     except (ValueError, KeyError, TypeError, AttributeError):
-        return nothing  # the counts are in the parts, too
+        return nothing  # the parts hold the counts, too

@@ -63,13 +63,13 @@ def shared(*parts: str) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_en() -> Path:
-    """The small trained checkpoint that the project carries."""
+    """The small trained checkpoint that is bundled with the project."""
     return DATA / "tiny-en"
 
 
 @pytest.fixture(scope="session")
 def prompts() -> list[Clip]:
-    """The 44 recorded prompts that the project carries."""
+    """The 44 recorded prompts that are bundled with the project."""
     return read_clips(DATA / "prompts" / "prompts.jsonl")
 
 

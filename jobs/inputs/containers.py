@@ -19,12 +19,12 @@ from jobs.storage.files import Storage
 from parakeet_core.errors import ConfigError, ErrorKind, InputError
 
 FOOTER_THREADS = 16  # a footer is two small requests; 16 at a time read 10,000 footers at 50 ms each in about a minute
-SIGNATURE_BYTES = 28  # nonce and tag behind a plain footer of encrypted columns (Parquet's Encryption.md, section 4.2)
+SIGNATURE_BYTES = 28  # nonce and tag after a plain footer of encrypted columns (Parquet's Encryption.md, section 4.2)
 REFERENCE_COLUMNS = ("text", "transcription", "sentence")  # as the audio sets on the Hugging Face hub name them
 
 
 def tar_rows(storage: Storage, listing: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-    """One plan row per listed tar; how many items it holds is found while it is read."""
+    """One plan row per listed tar; how many items it holds becomes known when it is read."""
     for batch in listing:
         sources = pa.array([storage.source(name) for name in batch["name"].to_pylist()], pa.string())
         yield plan_batch("tar", {"id": batch["name"], "source": sources, "size_bytes": batch["size_bytes"]})
@@ -61,14 +61,14 @@ def _row_groups(storage: Storage, name: str, size_bytes: int) -> list[dict]:
                         "id": f"{name}#{first}",
                         "source": source,
                         "row_group": group,
-                        # Of all columns: asked for one of a damaged footer, Arrow 26 can end the process.
+                        # Of all columns: when asked for a single one of a damaged footer, Arrow 26 can end the process.
                         "size_bytes": parquet.metadata.row_group(group).total_byte_size,
                         "items": rows,
                     }
                     for group, first, rows in _first_rows(parquet.metadata)
                     if rows
                 ]
-            # Damaged Thrift is an OSError, a name that is not UTF-8 a ValueError; storage failures are InputErrors.
+            # Damaged Thrift raises OSError, a name that is not UTF-8 ValueError; storage failures are InputErrors.
             except (pa.ArrowException, OSError, ValueError) as error:
                 reason = (
                     f"no usable Parquet footer ({str(error)[:200]}); expected a complete file, found {size_bytes} bytes"
@@ -82,14 +82,14 @@ def _row_groups(storage: Storage, name: str, size_bytes: int) -> list[dict]:
 
 
 def _check_not_encrypted(file: IO[bytes], metadata: pq.FileMetaData) -> None:
-    """Refuse a file with encrypted columns: asked for the size of one, Arrow 26 ends the process."""
+    """Refuse a file with encrypted columns: when asked for the size of one, Arrow 26 ends the process."""
     file.seek(-8, io.SEEK_END)  # the length of the footer, and PAR1
     if int.from_bytes(file.read(4), "little") == metadata.serialized_size + SIGNATURE_BYTES:
         raise InputError(ErrorKind.BAD_RECORD, "the file has encrypted columns; expected plain ones, write it again")
 
 
 def _first_rows(metadata: pq.FileMetaData) -> Iterator[tuple[int, int, int]]:
-    """(row group, index of its first row in the file, its rows)."""
+    """(row group, index of its first row in the file, number of its rows)."""
     first = 0
     for group in range(metadata.num_row_groups):
         rows = metadata.row_group(group).num_rows
@@ -155,6 +155,6 @@ def _is_scalar(kind: pa.DataType) -> bool:
 
 
 def plain_columns(batch: pa.RecordBatch) -> pa.RecordBatch:
-    """Dictionary columns decoded, so that values can be read one by one as what they are."""
+    """The batch with its dictionary columns decoded, so that each value can be read as what it is."""
     arrays = [pc.cast(a, a.type.value_type) if pa.types.is_dictionary(a.type) else a for a in batch.columns]
     return pa.RecordBatch.from_arrays(arrays, names=batch.schema.names)

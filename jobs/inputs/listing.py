@@ -23,19 +23,19 @@ HIDDEN = r"(^|/)[._]"  # the rule of Hadoop and Spark: a file or folder that sta
 
 
 def resolve_input(url: str, options: StorageOptions) -> tuple[Storage, str | None, str | None]:
-    """Split an input URL into the storage of its root and what to take of it.
+    """Split an input URL into the storage of its root and what to read from it.
 
     Returns:
         (storage, pattern, name): the whole folder if both are None; files matching the glob `pattern`, if
         the URL holds `*`, `?` or `[`; or the one file `name`.
 
     Raises:
-        ConfigError: the URL holds `*`, `?` or `[`, but is not a pattern; or it names no bucket.
+        ConfigError: the URL holds `*`, `?` or `[`, but is not a valid pattern; or it names no bucket.
         InputError: nothing is there, or the storage fails.
     """
     storage = Storage(url, options)
     whole = storage.root
-    # Only what was given: the working directory is not a pattern, though its name may hold a bracket.
+    # Only the URL as given: the working directory is not a pattern, even if its name contains a bracket.
     given = os.path.normpath(url.removeprefix("file://")) if storage.is_local else whole
     if re.search(WILDCARD, given) and not storage.exists(""):
         return _resolve_glob(storage, given)
@@ -69,7 +69,7 @@ def is_file(storage: Storage, slash: bool = False) -> bool:
     """Whether the storage's own root is an object rather than a folder; MISSING_OBJECT if it is neither.
 
     Args:
-        slash: its URL ended with one: where an object has the name of a folder, the folder is meant.
+        slash: its URL ended with one, so where an object and a folder share the name, the folder is meant.
     """
     with storage_errors(storage.url, storage.options):
         if storage.is_local:
@@ -93,7 +93,7 @@ def is_file(storage: Storage, slash: bool = False) -> bool:
 
 
 def list_files(storage: Storage, pattern: str | None = None, name: str | None = None) -> Iterator[pa.RecordBatch]:
-    """All files under the storage's root as batches of `LISTING_SCHEMA`, in no promised order.
+    """All files under the storage's root as batches of `LISTING_SCHEMA`, in no guaranteed order.
 
     Args:
         pattern: keep only names that match this glob.
@@ -151,16 +151,16 @@ def _walk_local(root: str, pattern: str | None) -> Iterator[tuple[str, int]]:
         raise FileNotFoundError(root)
     inside = os.path.join(os.path.realpath(root), "")
     waiting, links, entered = [""], [], set()
-    link, own = "", None  # the link that is walked below, and its target under the root; None outside
+    link, own = "", None  # the link being followed, and its target relative to the root; None if outside it
     while waiting or links:
         if not waiting:
-            # Links to folders come last and sorted: which of two links to one folder counts is not left to chance.
+            # Links to folders come last and sorted, so that of two links to one folder always the same counts.
             links.sort()
             link = links.pop(0)
             target = os.path.join(os.path.realpath(os.path.join(root, link)), "")
             own = target[len(inside) : -1] if target.startswith(inside) else None
             if inside.startswith(target) or target in entered or (pattern is None and _is_listed(own, None)):
-                continue  # a cycle, or listed already
+                continue  # a cycle, or already listed
             entered.add(target)
             waiting.append(link)
         folder = waiting.pop()
@@ -178,7 +178,7 @@ def _walk_local(root: str, pattern: str | None) -> Iterator[tuple[str, int]]:
 
 
 def _is_listed(own: str | None, pattern: str | None) -> bool:
-    """Whether what a link leads to is listed under its own name, relative to the root, as well."""
+    """Whether the target of a link is also listed under its own name, which is relative to the root."""
     if own is None or re.search(HIDDEN, own):
         return False
     return pattern is None or re.match(glob_translate(pattern), own) is not None
@@ -188,7 +188,7 @@ def _local_size(entry: os.DirEntry) -> int:
     try:
         return entry.stat().st_size
     except OSError:
-        return 0  # deleted since, a broken link, a link to itself: stays an item, and reading it says what is wrong
+        return 0  # deleted since, a broken link, a link to itself: it stays an item; reading it says what is wrong
 
 
 def _walk_s3(storage: Storage) -> Iterator[tuple[str, int]]:
@@ -197,7 +197,7 @@ def _walk_s3(storage: Storage) -> Iterator[tuple[str, int]]:
     for page in s3_pages(storage.fs, prefix, options=storage.options):
         for key, size in page:
             empty = False
-            if not key.endswith("/"):  # a folder marker of some tools, not a file
+            if not key.endswith("/"):  # a folder marker that some tools write, not a file
                 yield key[len(prefix) :], size
     if empty and "/" in storage.root:
         raise FileNotFoundError(storage.url)

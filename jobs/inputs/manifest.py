@@ -3,7 +3,7 @@
 A line: `{"audio_filepath": "a.wav", "offset": 1.5, "duration": 3.2, "text": "...", "channel": 0, "id": "...", ...}`.
 `audio_filepath` is relative to the manifest's folder, absolute, or a URL. With `offset` (0 included) the item is a
 segment; `duration` alone is the length of the whole file, as NeMo's dataset scripts write it, and only sizes shards.
-Other keys are carried through as JSON. Signatures in URLs are not: they open the audio, and are forgotten.
+Other keys are carried through as JSON. Signatures in URLs are not: they are used to open the audio, and not stored.
 
 Source: https://docs.nvidia.com/nemo-framework/user-guide/latest/nemotoolkit/asr/datasets.html
 """
@@ -27,9 +27,9 @@ from jobs.storage.files import Storage
 from jobs.storage.redaction import mask_signatures, redact_text, redact_url
 from parakeet_core.errors import ConfigError, ErrorKind, InputError
 
-MAX_LINE_BYTES = 1 << 20  # a line describes one utterance; a megabyte is already a thousand times the usual
+MAX_LINE_BYTES = 1 << 20  # a line describes one utterance; a megabyte is already a thousand times the usual size
 BATCH_LINES = 16_384
-BATCH_BYTES = 64 << 20  # of lines; long ones would fill the memory, and at 2 GiB a column of Arrow ends
+BATCH_BYTES = 64 << 20  # of lines; long ones would fill the memory, and an Arrow string column ends at 2 GiB
 MAX_CHANNEL = 1024  # far above any recorder; keeps the value inside the table's int32
 _OWN_KEYS = frozenset({"audio_filepath", "offset", "duration", "text", "channel", "id"})
 
@@ -38,7 +38,7 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
-_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)  # NaN and Infinity would travel on into `extra`
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)  # NaN and Infinity would end up in `extra`
 
 
 def manifest_rows(
@@ -47,7 +47,7 @@ def manifest_rows(
     """Plan rows of all listed manifests, in the order of their names and lines.
 
     Args:
-        signed_urls: gets the URL of each source that is redacted in its row (`StorageOptions`).
+        signed_urls: receives the full URL of each source that is redacted in its row (`StorageOptions`).
     """
     names = sorted(name for batch in listing for name in batch["name"].to_pylist())  # manifests are few, lines are many
     rows: list[dict] = []
@@ -72,7 +72,7 @@ def _batch(rows: list[dict]) -> pa.RecordBatch:
 
 
 def _numbered_lines(storage: Storage, name: str) -> Iterator[tuple[int, bytes | InputError]]:
-    """Lines of one manifest, from 1; an unreadable rest is one last error."""
+    """The lines of one manifest, numbered from 1; where a gzip stream breaks, one last error stands for the rest."""
     number = 0
     try:
         with storage_errors(storage.source(name), storage.options), storage.open(name) as raw:
@@ -85,7 +85,7 @@ def _numbered_lines(storage: Storage, name: str) -> Iterator[tuple[int, bytes | 
             except (EOFError, zlib.error, gzip.BadGzipFile) as error:
                 message = f"the gzip stream breaks here ({error}); expected its end mark, write the file again"
                 yield number + 1, InputError(ErrorKind.TORN_ARCHIVE, message)
-    except InputError as error:  # not a row: the lines behind it would be missing without a trace
+    except InputError as error:  # not a row: the lines after it would be missing without a trace
         raise ConfigError(f"the manifest cannot be read after line {number}: {error.message}") from error
 
 
@@ -125,7 +125,7 @@ def _row_of(
         message = f"{manifest}, line {number}: {redact_text(error.message)}"
         content = line if isinstance(line, bytes) else error.message.encode()
         return {
-            # By its content: lines that come in before it later must not make it another item.
+            # Named by its content: lines inserted before it later must not make it another item.
             "id": f"{manifest}#bad-{hashlib.blake2b(content.strip(), digest_size=6).hexdigest()}",
             "source": source,
             "audio_s": 0.0,
@@ -179,7 +179,7 @@ def _extra(record: dict) -> str | None:
         return None
     try:
         return mask_signatures(json.dumps(extra, ensure_ascii=False, allow_nan=False))
-    except (ValueError, RecursionError) as error:  # 1e999 is read as infinity; lists 994 deep are read, not written
+    except (ValueError, RecursionError) as error:  # 1e999 is read as infinity; lists 994 deep can be read, not written
         raise _bad(
             f"the keys {_shown(', '.join(extra))} cannot be carried through as JSON ({error}); "
             "expected finite numbers, and fewer levels"
@@ -190,7 +190,7 @@ def _identity(given: object, path: str, offset_s: float | None, duration_s: floa
     if given is not None:
         if isinstance(given, bool) or not isinstance(given, str | int) or given == "":
             raise _bad(f"expected a string or an integer under id, found {_shown(given)}")
-        return redact_url(str(given))  # the URL itself, in some manifests
+        return redact_url(str(given))  # in some manifests it is the URL itself
     segment = "" if offset_s is None else f"#{offset_s:.10g}-{'' if duration_s is None else format(duration_s, '.10g')}"
     return f"{redact_url(path)}{segment}{'' if channel is None else f'@{channel}'}"
 
@@ -224,12 +224,12 @@ def _channel(value: object) -> int | None:
 def _check_text(text: str) -> None:
     try:
         text.encode()
-    except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair, Arrow strings cannot hold it
+    except UnicodeEncodeError as error:  # JSON can express half a surrogate pair, Arrow strings cannot hold it
         raise _bad(f"holds a character that is not Unicode text ({error.reason})") from error
 
 
 def _shown(value: object) -> str:
-    """The beginning of a value, for a message; redacted before it is cut, as half a URL hides what in it is secret."""
+    """The beginning of a value, for a message; redacted before it is cut: half a URL may not be recognised as one."""
     return redact_text(repr(value))[:60]
 
 

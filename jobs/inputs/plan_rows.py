@@ -12,7 +12,7 @@ PLAN_SCHEMA = pa.schema(
     [
         pa.field(
             "id", pa.string(), nullable=False
-        ),  # of the item; of a container: what the ids of its items begin with
+        ),  # of the item; of a container: the tar's name, or the id of the row group's first item
         pa.field("source", pa.string(), nullable=False),  # URL or absolute path of the object to open
         pa.field("layout", pa.string(), nullable=False),  # "file", "tar" or "parquet"
         pa.field("member", pa.string()),
@@ -21,7 +21,7 @@ PLAN_SCHEMA = pa.schema(
         pa.field("duration_s", pa.float64()),
         pa.field("channel", pa.int32()),
         pa.field("size_bytes", pa.int64()),
-        pa.field("audio_s", pa.float64()),  # known or estimated; null in a scan where planning is to estimate it
+        pa.field("audio_s", pa.float64()),  # known or estimated; null in a scan if planning has to estimate it
         pa.field("items", pa.int64()),  # null for a tar: known only when it is read
         pa.field("reference", pa.string()),
         pa.field("extra", pa.string()),  # the manifest's other keys, JSON
@@ -34,7 +34,7 @@ PLACE_COLUMNS = ["source", "member", "row_group", "offset_s", "duration_s", "cha
 
 
 def plan_batch(layout: str, columns: dict) -> pa.RecordBatch:
-    """A batch of `PLAN_SCHEMA` from the columns that are there; the others are null.
+    """A batch of `PLAN_SCHEMA` from the given columns; the others are null.
 
     Args:
         columns: name -> list or array; `id` and `source` at least, all of one length.
@@ -53,7 +53,7 @@ def plan_batch(layout: str, columns: dict) -> pa.RecordBatch:
 
 
 def digest_places(batch: pa.RecordBatch) -> np.ndarray:
-    """What tells rows of one id apart: a digest of where their audio lies. uint64 [N]."""
+    """What distinguishes rows with the same id: a digest of where their audio lies. uint64 [N]."""
     columns = batch.select(PLACE_COLUMNS).to_pydict()
     return digest_strings(pa.array([repr(place) for place in zip(*columns.values(), strict=True)], pa.string()))[:, 0]
 
@@ -61,7 +61,7 @@ def digest_places(batch: pa.RecordBatch) -> np.ndarray:
 def digest_strings(strings: pa.Array) -> np.ndarray:
     """Two 64-bit halves of a 128-bit BLAKE2b digest of each string, the same on every machine.
 
-    With 128 bits, equal digests are equal strings: the chance of one false match among 1e9 ids is 1e-21, so ids need
+    With 128 bits, equal digests mean equal strings: the chance of one false match among 1e9 ids is 1e-21, so ids need
     not be kept or read again to compare them, and a hostile input cannot construct a collision. About 1 us per string.
 
     Returns:

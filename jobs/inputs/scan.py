@@ -43,7 +43,7 @@ class InputOptions:
     Args:
         url: local path or fsspec URL of a folder, a glob, or one file.
         format: one of `FORMATS`.
-        allow_local_paths: a manifest in an object store may name files of the machine that reads it.
+        allow_local_paths: a manifest in an object store may name files on the machine that reads it.
         allow_http: a manifest may name http(s) URLs (never those of private, loopback or link-local hosts).
         storage: how to reach object stores.
     """
@@ -82,7 +82,7 @@ class ListingCounts:
 class InputScan:
     """An input whose layout is known: what was chosen and why, what is left out, and its plan rows on demand.
 
-    `storage` reaches the sources of the rows that have been taken: it learns signed URLs while manifests are read.
+    `storage` reaches the sources of the rows yielded so far: it learns signed URLs while manifests are read.
     """
 
     format: str
@@ -99,10 +99,10 @@ class InputScan:
         return self.open_batches()
 
     def no_items(self, url: str) -> ConfigError:
-        """What to raise where `batches` gives no row.
+        """The error to raise if `batches` yields no row.
 
         Args:
-            url: the input as the user has named it.
+            url: the input as the user gave it.
         """
         found = f"the listing has {self.counts.describe()}, and there is no item in them"
         return ConfigError(f"{scrub(url)}: nothing to transcribe; {found}; expected at least one, check what writes it")
@@ -121,10 +121,10 @@ def scan_input(options: InputOptions, listing: Iterator[pa.RecordBatch] | None =
     """List the input, find its layout, and prepare its plan rows.
 
     Args:
-        listing: batches of `LISTING_SCHEMA` to use instead of listing `options.url`, for a catalogue made elsewhere.
+        listing: batches of `LISTING_SCHEMA` to use instead of listing `options.url`: a catalogue made elsewhere.
 
     Raises:
-        ConfigError: the input does not exist, may not be listed, holds nothing to transcribe, or is a mix.
+        ConfigError: the input does not exist, may not be listed, holds nothing to transcribe, or mixes layouts.
     """
     try:
         if listing is None:
@@ -170,10 +170,10 @@ def spill_listing(
 ) -> tuple[tempfile.TemporaryDirectory, ListingCounts]:
     """Write the listing to a temporary Arrow file, without hidden files, and count what it holds.
 
-    The layout is known only after the last file, and 10 million names are a gigabyte: so they wait on disk.
+    The layout is known only after the last file, and 10 million names are a gigabyte, so they wait on disk.
 
     Args:
-        named: the listing is the one file that the user named: wanted, even if its name is a hidden one.
+        named: the listing is the one file that the user named; it is kept even if its name is hidden.
     """
     folder = tempfile.TemporaryDirectory(prefix="parakeet-listing-")
     hidden, extensions = 0, Counter()

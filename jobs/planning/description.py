@@ -12,11 +12,11 @@ from jobs.inputs.scan import InputScan
 from jobs.planning.shards import Plan
 from parakeet_core.batching import plan_batches
 
-MAX_WALL_H = 1e6  # above, no date is given: calendars end
+MAX_WALL_H = 1e6  # above this, no date is given: calendars end
 FRAMES_PER_S = 100  # log-mel frames, hop 10 ms
-BUDGET_FRAMES = 60_000  # 10 min of audio per batch: the order of size that fills a GPU; only the share depends on it
+BUDGET_FRAMES = 60_000  # 10 min of audio per batch: about what fills a GPU; only the padding share depends on it
 PADDING_SHARDS = 64  # evenly spaced shards whose batches are laid out; the share changes by under 1 % with more
-SMALL_FILE_BYTES = 100_000  # below, the wait for a request (20-100 ms) is longer than the transfer
+SMALL_FILE_BYTES = 100_000  # below this, waiting for a request (20-100 ms) takes longer than the transfer
 LENGTH_EDGES_S = (0.0, 1.0, 2.0, 5.0, 10.0, 15.0, 20.0, 30.0, 60.0, 300.0, 3600.0, np.inf)
 
 
@@ -28,7 +28,7 @@ class PlanReport:
         items, exact: items known; not exact if tars hold more.
         hours: measured or estimated, see `hours_basis`.
         lengths: (from seconds, to seconds, items) per bin; containers are counted at their mean length.
-        padding_share: of all frames the model would see; None without items.
+        padding_share: share of padding in all frames the model would see; None without items.
         gpu_hours, cost, ends: None unless the speed (and the price) is given.
     """
 

@@ -48,9 +48,9 @@ class RowFacts:
 def collect_rows(
     batches: Iterable[pa.RecordBatch], folder: str, planned: PlannedItems
 ) -> tuple[RowFacts, np.ndarray, KindSampler]:
-    """Spill the rows to `SPILL_FILE` in `folder` and keep their numbers, and each row's kind (int16 [N]).
+    """Spill the rows to `SPILL_FILE` in `folder`; return their numbers, each row's kind (int16 [N]) and the sampler.
 
-    Only rows that are not `planned` are sampled: what is finished is not opened again.
+    Only rows that are not `planned` are sampled: what has been planned is not opened again.
     """
     sampler = KindSampler()
     columns: dict[str, list[np.ndarray]] = {name: [] for name in [*RowFacts.__dataclass_fields__, "codes"]}
@@ -84,7 +84,7 @@ def collect_rows(
 
 
 def _source_hashes(sources: pa.Array) -> np.ndarray:
-    encoded = sources.dictionary_encode()  # the segments of a file name it again and again
+    encoded = sources.dictionary_encode()  # segments of one file repeat its name
     return digest_strings(encoded.dictionary)[:, 0][encoded.indices.to_numpy()]
 
 

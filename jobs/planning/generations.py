@@ -1,4 +1,4 @@
-"""Generations of a plan: one per time that the input had grown, committed by a small JSON file that is written last.
+"""Generations of a plan: one more each time the input has grown, committed by a small JSON file that is written last.
 
 plan/plan-0000.json   counts, fingerprint, names of the generation's other files (jobs.planning.store)
 """
@@ -42,11 +42,11 @@ def list_generations(storage: Storage) -> list[Generation]:
     """The committed generations, in order.
 
     Raises:
-        ConfigError: a generation is missing, or written by another version.
+        ConfigError: a generation is missing, or was written by another version.
     """
     names = [name for name in storage.list_names(FOLDER) if name.endswith(".json")]
-    # Some stores list a new object only after a while, and a plan taken for missing would be a job with nothing to do.
-    # So the name that comes next is asked for, which they answer rightly.
+    # Some stores list a new object only after a while, and a job whose plan is overlooked would have nothing to do. So
+    # the next name is asked for directly, which such stores answer correctly.
     while (following := generation_name(len(names))) not in names and storage.exists(f"{FOLDER}/{following}"):
         names.append(following)
     found = [read_generation(storage, name) for name in names]
@@ -57,7 +57,7 @@ def list_generations(storage: Storage) -> list[Generation]:
 
 
 def read_generation(storage: Storage, name: str) -> Generation:
-    """What a generation's JSON file says. Raises ConfigError for one that is not of this program, or of its version."""
+    """What a generation's JSON file says. Raises ConfigError if another program or version wrote it."""
     try:
         record = json.loads(storage.read_bytes(f"{FOLDER}/{name}"))
         version = record.pop("plan_format")

@@ -1,10 +1,10 @@
 """Which items a plan holds: their ids as 128-bit digests, in files beside the plan.
 
     plan/plan-0000-1f2e3d4c-items-00000.parquet
-        id: of an item's id; given: of what the input calls it, null where that is the id
+        id: digest of an item's id; given: digest of what the input calls it, null where that is the id
 
-A run over an output asks which items of the input are new. For 100,000 shards the rows of the plan lie in 400 files,
-each of several requests; these are one per million items.
+A run over an existing output asks which items of the input are new. For 100,000 shards the rows of the plan lie in 400
+files, each costing several requests; of the digest files there is one per million items.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -29,7 +29,7 @@ ITEMS_SCHEMA = pa.schema([pa.field("id", DIGEST, nullable=False), pa.field("give
 
 
 def item_files(plan: Plan) -> Iterator[bytes]:
-    """The content of each file of a plan's generation; the order of the input does not enter."""
+    """The content of each digest file of a plan's generation; it does not depend on the order of the input."""
     digest = plan.facts.digest
     named_as_given = plan.shard_of >= 0
     named_as_given[plan.renamed.rows] = False
@@ -50,7 +50,7 @@ def item_files(plan: Plan) -> Iterator[bytes]:
 
 
 def _file_of(digests: np.ndarray, files: int) -> np.ndarray:
-    """Which of so many files holds each digest: equal ranges of the first half."""
+    """Which of `files` files holds each digest: equal ranges of the first half."""
     return np.minimum(digests[:, 0] // np.uint64((2**64 - 1) // files), files - 1)
 
 
@@ -63,7 +63,7 @@ def planned_items(storage: Storage, generations: Sequence[Generation]) -> Planne
 
 
 def _read_digests(storage: Storage, name: str) -> tuple[np.ndarray, ...]:
-    """(ids that are what the input gave, what it gave of the others, ids of those)."""
+    """Digests: (ids that are as the input gave them, what it gave for the other items, ids of those)."""
     table = pq.read_table(pa.BufferReader(storage.read_bytes(f"{FOLDER}/{name}")), schema=ITEMS_SCHEMA)
     renamed = pc.is_valid(table["given"])
     others = table.filter(renamed)
@@ -71,7 +71,7 @@ def _read_digests(storage: Storage, name: str) -> tuple[np.ndarray, ...]:
 
 
 def _places(storage: Storage, generations: Sequence[Generation], digests: np.ndarray) -> tuple[np.ndarray, ...]:
-    """(what the input called it, where its audio lies) of each item that the input called one of `digests`."""
+    """Digests of (the given id, where the audio lies) for each item whose given id is one of `digests`."""
 
     def read(name: str) -> tuple[np.ndarray, ...]:
         found = [(NO_DIGESTS, np.empty(0, np.uint64))]

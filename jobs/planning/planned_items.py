@@ -1,4 +1,4 @@
-"""What the generations of a plan hold already, by digests: 16 bytes per item in memory. Knows nothing of storage."""
+"""What the generations of a plan already hold, by digests: 16 bytes per item in memory. Knows nothing of storage."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,7 +18,7 @@ class PlannedItems:
     """The items of all committed generations.
 
     Args:
-        plain: uint64 [P, 2], digests of the ids that are what the input gave.
+        plain: uint64 [P, 2], digests of the ids that are as the input gave them.
         given, names: uint64 [Q, 2], of the other items: what the input gave, and the id made from it.
         places: given digests -> (digest of the given id, `digest_places`) of every item planned under one of them.
     """
@@ -52,7 +52,7 @@ class PlannedItems:
 
 
 def sort_digests(digests: np.ndarray) -> np.ndarray:
-    """As `contains` wants them. uint64 [N, 2]."""
+    """Sorted as `contains` expects them. uint64 [N, 2]."""
     return digests[np.lexsort((digests[:, 1], digests[:, 0]))]
 
 
@@ -68,7 +68,7 @@ def _contains(known: np.ndarray, digest: np.ndarray) -> np.ndarray:
     position = np.searchsorted(known[:, 0], digest[:, 0])
     found = np.zeros(len(digest), bool)
     candidates = np.arange(len(digest))
-    while len(candidates):  # a second round only for two known ids with equal first halves
+    while len(candidates):  # a second round only where two ids have equal first halves
         candidates = candidates[position[candidates] < len(known)]
         at = position[candidates]
         half = known[at, 0] == digest[candidates, 0]

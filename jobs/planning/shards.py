@@ -1,6 +1,6 @@
 """Plan rows -> shards: which items are read, computed and committed together.
 
-Shards are a pure function of the input and the options: the order of the listing, machine and time do not enter.
+Shards are a pure function of the input and the options, whatever the order of the listing, the machine or the time.
 Strings wait on local disk; in memory an item is 44 bytes of numbers, so 10 million items fit in 2 GiB.
 
     batches -> spill + numbers -> minus what is planned -> unique ids -> seconds -> order -> cut -> Plan
@@ -24,10 +24,10 @@ from jobs.storage.connections import DEFAULT_OPTIONS, StorageOptions
 from parakeet_core.errors import ConfigError
 
 SHARD_ITEMS = 20_000  # rows with words and times are about 1 KB each: a part of very short clips stays near 20 MB
-SHARD_BYTES = 1 << 30  # 1800 s of 48 kHz stereo 24-bit are 518 MB; above, a lost shard is dear to read again
+SHARD_BYTES = 1 << 30  # 1800 s of 48 kHz stereo 24-bit are 518 MB; above, reading a lost shard again costs too much
 AUTO_SHARDS = 64  # small inputs: enough shards to spread over a few dozen workers
-AUTO_MIN_S = 120.0  # below, Ray's fixed cost per block shows
-AUTO_MAX_S = 1800.0  # of 80-mel float16 are 29 MB, a good block
+AUTO_MIN_S = 120.0  # below this, Ray's fixed cost per block is noticeable
+AUTO_MAX_S = 1800.0  # as 80-mel float16 features they are 29 MB, a good block size
 SIZE_STEPS_PER_OCTAVE = 4  # lengths within one size group differ by at most 19 %
 
 
@@ -37,7 +37,7 @@ class PlanOptions:
 
     Args:
         shard_audio_s: seconds of audio per shard; None: a 64th of the input, between 120 and 1800.
-        shard_items, shard_bytes: caps beside it.
+        shard_items, shard_bytes: further limits of a shard.
         storage: how to reach the headers that are sampled.
     """
 
@@ -64,9 +64,9 @@ class Plan:
         shard_of: int32 [N], -1 for rows of earlier generations.
         shard_audio: float64 [shards], longest first. shard_rows, shard_items: int64 [shards]; items count containers of
             unknown content as 0.
-        items: items known; with `exact` False there are more, inside tars not opened.
+        items: known items; if `exact` is False there are more, inside tars that were not opened.
         already_planned: rows left out because an earlier generation holds them.
-        rewritten: row groups among them of Parquet files that were written again under their names.
+        rewritten: those of them that are row groups of Parquet files written again under the same name.
         duplicates: rows whose id was made unique.
         rates: how seconds were estimated.
         fingerprint: hex digest of the rows' numbers and of the cut.
@@ -116,8 +116,8 @@ def plan_shards(
 ) -> Plan:
     """Cut a stream of plan rows into shards.
 
-    Rows of similar length come together, rows of one source stay together where they fit. In a size group the order
-    is that of a hash of the source: a shard is a random sample of its size group and of the input's folders.
+    Rows of similar length come together, and rows of one source stay together where they fit. Within a size group rows
+    are ordered by a hash of the source, so a shard is a random sample of its size group and of the input's folders.
 
     Args:
         batches: of `PLAN_SCHEMA`, e.g. `InputScan.batches()`.
@@ -134,7 +134,7 @@ def plan_shards(
     facts.audio_s = estimate_audio_s(rates, codes, facts.size_bytes, facts.audio_s)
     del codes
     order = order_rows(facts, np.flatnonzero(fresh))
-    total_s = float(facts.audio_s[order].sum(dtype=np.float64))  # in this order: sums are rounded
+    total_s = float(facts.audio_s[order].sum(dtype=np.float64))  # summed in this order, because sums are rounded
     limit_s = options.shard_audio_s or float(np.clip(total_s / AUTO_SHARDS, AUTO_MIN_S, AUTO_MAX_S))
     shard_of, audio = cut_shards(facts, order, limit_s, options)
     rows = np.bincount(shard_of[order], minlength=len(audio))
@@ -222,7 +222,7 @@ def cut_shards(
 
 
 def _running_sum(column: np.ndarray, order: np.ndarray, starts: np.ndarray, least: int = 0) -> np.ndarray:
-    """Sums of `column` before each unit and over all, [units + 1]; values under `least` count as `least`."""
+    """Sums of `column` before each unit, and the total, [units + 1]; values under `least` count as `least`."""
     kind = np.float64 if column.dtype.kind == "f" else np.int64
     sums = np.zeros(len(starts) + 1, kind)
     np.cumsum(np.add.reduceat(np.maximum(column[order], least), starts, dtype=kind), out=sums[1:])

@@ -1,4 +1,4 @@
-"""Seconds of audio of what has only a size: a rate per extension, measured on the headers of a small sample.
+"""Seconds of audio for rows that have only a size: a rate per extension, measured on the headers of a small sample.
 
 Knows nothing of shards. The sample is a function of the ids alone, so the same input gives the same estimates.
 """
@@ -19,7 +19,7 @@ from parakeet_core.audio_isolated import IsolatedDecoder
 from parakeet_core.errors import InputError
 
 SAMPLE_PER_KIND = 32  # speech files of one collection differ little: 32 give the mean length within about 15 %
-SAMPLED_CONTAINERS = 4  # of a container several items are probed
+SAMPLED_CONTAINERS = 4  # fewer, because several items of each are probed
 PROBE_THREADS = 8
 PROBE_ITEMS = 16  # of one container
 PROBE_BYTES = 16 << 20  # of one container
@@ -124,7 +124,7 @@ def kinds_of(batch: pa.RecordBatch) -> pa.Array:
 def measure_rates(sampler: KindSampler, options: StorageOptions) -> list[Rate]:
     """The rate of each kind, in the order of `sampler.kinds`, from the headers of its samples.
 
-    Headers are read by a process of their own, as one that crashes its decoder must not end the planning.
+    Headers are read in a separate process, because one that crashes its decoder must not end the planning.
     """
     reader = SourceReader(options)
     if not sampler.kinds:
@@ -147,7 +147,7 @@ def _measure(reader: SourceReader, decoder: IsolatedDecoder, sample: Sample) -> 
         if (sample.size_bytes or 0) > MAX_PROBE_BYTES and not sample.source.lower().endswith((".wav", ".flac")):
             return None
         with reader.open(sample.source) as file:
-            file.read(1)  # fills its first block, most files' only one, while the decoder has other headers
+            file.read(1)  # fetches the first block, for most files the only one, while the decoder is busy
             seconds = decoder.probe(file).duration_s
         # ADTS, and FLAC that was written to a pipe, do not say how long they are.
         return None if seconds is None else (float(sample.size_bytes or 0), seconds, 1)
@@ -186,7 +186,7 @@ def _rate(kind: str, measured: list[tuple[float, float, int]]) -> Rate:
 
 
 def estimate_audio_s(rates: list[Rate], codes: np.ndarray, size_bytes: np.ndarray, known_s: np.ndarray) -> np.ndarray:
-    """Seconds per row: the known ones, else from size and rate, else the mean item.
+    """Seconds per row: the known ones, else from size and rate, else those of the mean item.
 
     Args:
         codes: int16 [N], from `KindSampler.add`; -1 where known.

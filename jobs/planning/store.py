@@ -5,8 +5,8 @@
     plan/plan-0000-1f2e3d4c-shards.parquet       one row per shard: what the driver reads
     plan/plan-0000.json                          the commit point: counts, fingerprint, names of the files above
 
-The names hold the plan's fingerprint, and so do the names of its shards and of their parts: two drivers that plan at
-once cannot mix theirs; the JSON file decides.
+The names hold the plan's fingerprint, and so do the names of its shards and of their parts, so two drivers that plan at
+the same time cannot mix their files; the JSON file decides.
 """
 
 import itertools
@@ -29,7 +29,7 @@ from parakeet_core.errors import ConfigError, ErrorKind, InputError
 
 SHARDS_PER_FILE = 256  # a worker reads the footer of its plan file: about 200 KB at 256 row groups of 15 columns
 BUCKET_ROWS = 400_000  # rows sorted in memory at once while plan files are written, about 100 MB
-BUCKET_BYTES = 128 << 20  # of the spill, which is compressed to a half or third: fewer rows that carry long texts
+BUCKET_BYTES = 128 << 20  # of the spill, which is compressed to a half or third; fewer rows if their texts are long
 PLAN_DIGITS = 8  # of a plan's fingerprint, in names
 SHARD_SCHEMA = pa.schema(
     [
@@ -63,7 +63,7 @@ def read_shard(storage: Storage, plan_file: str, row_group: int) -> pa.Table:
 
 
 def write_plan(storage: Storage, plan: Plan, options: dict | None = None) -> Generation:
-    """Store a plan as its generation. Stopped before its last write, it leaves no generation behind.
+    """Store a plan as its generation. If stopped before its last write, it leaves no generation behind.
 
     Args:
         options: what the plan depends on besides the input, kept beside it as JSON.
@@ -72,7 +72,7 @@ def write_plan(storage: Storage, plan: Plan, options: dict | None = None) -> Gen
         The generation that is committed: another driver's, if one was faster.
 
     Raises:
-        ConfigError: the plan has no shards, or another driver replaces it just now.
+        ConfigError: the plan has no shards, or another driver is replacing it at this moment.
     """
     if not plan.shards:
         raise ConfigError("the plan has no shards: nothing in the input is new")
@@ -106,14 +106,14 @@ def write_plan(storage: Storage, plan: Plan, options: dict | None = None) -> Gen
     name = f"{FOLDER}/{generation_name(plan.generation)}"
     record = {"plan_format": PLAN_FORMAT, **vars(generation)}
     storage.write_atomic(name, json.dumps(record, indent=1, sort_keys=True).encode(), exclusive=True)
-    try:  # not every server honours `exclusive`: what holds?
+    try:  # not every server honours `exclusive`, so read back which plan holds
         return read_generation(storage, name.removeprefix(f"{FOLDER}/"))
     except InputError as error:
         if error.kind != ErrorKind.MISSING_OBJECT:
             raise
         raise ConfigError(
             f"{storage.url}: {RACE}"
-        ) from error  # rclone has neither of two objects while one replaces it
+        ) from error  # rclone serves neither object while one replaces the other
 
 
 def shard_table(plan: Plan, files: list[str]) -> pa.Table:
@@ -144,7 +144,7 @@ def plan_files(plan: Plan) -> Iterator[tuple[int, bytes]]:
         for number in np.flatnonzero(bucket_of_file == bucket):
             first, last = number * SHARDS_PER_FILE, min((number + 1) * SHARDS_PER_FILE, plan.shards)
             edges = np.searchsorted(shards, np.arange(first, last + 1)).tolist()
-            # Shard by shard: a file may hold more text than a column of Arrow's strings can.
+            # Shard by shard: a file may hold more text than one Arrow column of strings can.
             groups = (_rows_of(table, order[start:stop]) for start, stop in itertools.pairwise(edges))
             yield int(number), _parquet_bytes(groups, PLAN_SCHEMA)
 
@@ -154,7 +154,7 @@ def _rows_of(table: pa.Table, rows: pa.Array) -> pa.Table:
 
 
 def _in_one_chunk(table: pa.Table) -> pa.Table:
-    """To take rows of a column Arrow joins its chunks, and 32-bit offsets, those of strings, end at 2 GiB."""
+    """With large strings: to take rows, Arrow joins a column's chunks, and 32-bit offsets of strings end at 2 GiB."""
     fields = [field.with_type(pa.large_string()) if field.type == pa.string() else field for field in table.schema]
     return table.cast(pa.schema(fields)).combine_chunks()
 

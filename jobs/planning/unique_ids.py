@@ -1,7 +1,7 @@
-"""Which rows of an input are new, and an id of its own for each of them: by 128-bit digests, in bounded memory.
+"""Which rows of an input are new, and a unique id for each of them: by 128-bit digests, in bounded memory.
 
 Ids decide what is new; among rows that share one, the place of the audio does. Ids of earlier generations stay as they
-are, whatever comes before them in the input now. Knows nothing of shards.
+are, whatever precedes them in the input now. Knows nothing of shards.
 """
 
 from collections import Counter
@@ -19,7 +19,7 @@ from jobs.planning.planned_items import NO_DIGESTS, PlannedItems, contains, sort
 
 @dataclass
 class Renamed:
-    """Rows whose id was not the first of its name.
+    """Rows whose id had occurred before, and their new ids.
 
     Attributes:
         rows: their numbers, ascending, int64 [R].
@@ -49,8 +49,9 @@ class Renamed:
 def find_new(facts: RowFacts, folder: str, planned: PlannedItems) -> np.ndarray:
     """Which rows no earlier generation holds. bool [N].
 
-    A row whose id is its own, now and in the plan, is known by it. Where either has the id several times, a row is
-    known if the plan holds an item of that id at the same place (source, segment, channel), as often as the plan does.
+    A row whose id is unique, in the input and in the plan, is known by it. Where either has the id several times, a row
+    is known if the plan holds an item of that id at the same place (source, segment, channel); each such item accounts
+    for one row.
     """
     if not len(planned):
         return np.ones(len(facts), bool)
@@ -64,10 +65,10 @@ def find_new(facts: RowFacts, folder: str, planned: PlannedItems) -> np.ndarray:
 
 
 def leave_out_rewritten(facts: RowFacts, new: np.ndarray) -> int:
-    """Take from `new` the row groups of Parquet files of which other row groups are known; the number of them.
+    """Remove from `new` the row groups of Parquet files of which other row groups are known; returns their number.
 
-    A file comes whole. If the plan knows only some of its row groups it has been written again in other ones, whose
-    items are, under the same ids or others, those of the groups that are planned.
+    A file is planned whole. If the plan knows only some of its row groups, it has been written again in different ones,
+    whose items are those of the planned groups, under the same ids or others.
     """
     known = np.unique(facts.source[facts.container & ~new])
     rewritten = facts.container & new & np.isin(facts.source, known)
@@ -76,13 +77,13 @@ def leave_out_rewritten(facts: RowFacts, new: np.ndarray) -> int:
 
 
 def leave_out_broken(facts: RowFacts, new: np.ndarray, folder: str, planned: PlannedItems) -> None:
-    """Take from `new` the Parquet files that cannot be used now, but were planned when they could.
+    """Remove from `new` the Parquet files that cannot be used now, but were planned when they could be.
 
-    Their items are in the plan. The one error row of a file that cannot be used would come beside them.
+    Their items are in the plan; the one error row of an unusable file would come in addition to them.
     """
     rows = np.flatnonzero(facts.rejected & facts.container & new) if len(planned) else ()
     for first, batch, chosen in _spilled(rows, folder) if len(rows) else ():
-        first_items = pc.binary_join_element_wise(batch["id"].take(chosen), "0", "#")  # as `parquet_rows` calls them
+        first_items = pc.binary_join_element_wise(batch["id"].take(chosen), "0", "#")  # as `parquet_rows` names them
         new[first + chosen.to_numpy()] = ~planned.holds(digest_strings(first_items))
 
 
@@ -103,11 +104,11 @@ def _keys(digest: np.ndarray, places: np.ndarray) -> Iterator[tuple[int, int, in
 def make_unique(facts: RowFacts, new: np.ndarray, folder: str, planned: PlannedItems) -> Renamed:
     """Give every new row an id that no other row and no planned item has. Updates `facts.digest`.
 
-    The 2nd, 3rd, ... row of one id get `~2`, `~3`, ... behind it: planned items come first, new rows follow in input
-    order. Should that id be taken as well, the rule is applied again (`a~2~2`).
+    The 2nd, 3rd, ... row with the same id gets the suffix `~2`, `~3`, ...: planned items count first, then new rows in
+    input order. If that id is taken as well, the rule is applied again (`a~2~2`).
 
     Args:
-        new: bool [N], of `find_new`.
+        new: bool [N], from `find_new`.
     """
     renamed = Renamed(np.empty(0, np.int64), pa.array([], pa.string()), NO_DIGESTS)
     everything = bool(new.all())
@@ -128,12 +129,12 @@ def make_unique(facts: RowFacts, new: np.ndarray, folder: str, planned: PlannedI
             )
             renamed = _merge(renamed, Renamed(rows, ids, facts.digest[rows]))
             facts.digest[rows] = digest_strings(ids)
-        if not names_count:  # the first round went by what the input called planned items, all others go by their ids
+        if not names_count:  # the first round compares with given ids of planned items, later ones with their final ids
             earlier, names_count = np.concatenate([planned.plain, planned.names]), True
 
 
 def _merge(before: Renamed, now: Renamed) -> Renamed:
-    """Both. Of rows in both the newer id holds, and the older `given`: the other is of an id that was made here."""
+    """Both, joined. Rows in both keep the newer id and the older `given`: the newer one is of an id made here."""
     _, again, where = np.intersect1d(now.rows, before.rows, return_indices=True)
     now.given[again] = before.given[where]
     kept = ~np.isin(before.rows, now.rows)

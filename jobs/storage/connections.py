@@ -36,19 +36,19 @@ MAX_ATTEMPTS = 5  # of one request, by botocore: waits of up to 1, 2, 4 and 8 s 
 CONNECT_TIMEOUT_S = 10  # a healthy endpoint answers in under 1 s; a dead host must not hold a worker for minutes
 READ_TIMEOUT_S = 20  # between two packets, not for the whole body; a hung socket costs this once per attempt
 LISTING_THREADS = 16  # ranges of one long listing at a time; a page of 1000 names takes 100-300 ms
-DELETED_AT_ONCE = 1000  # objects, the most that S3 removes by one request
+DELETED_AT_ONCE = 1000  # objects; the most that S3 removes in one request
 MAX_POOL_CONNECTIONS = 64  # botocore's default of 10 would queue the read-ahead threads of one worker behind each other
 
 _SECRET_VARIABLES = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_ACCESS_KEY_ID")
 _MISSING_CODES = frozenset({"NoSuchKey", "NoSuchBucket", "404", "410"})
 _NO_ACCESS_CODES = frozenset({"AccessDenied", "401", "403", "SignatureDoesNotMatch"})
-# Of credentials, whatever the object. An item each would be rows without end, and a plan that lacks what it could not
-# open: they stop the run, and a rerun with fresh ones finishes it.
+# About the credentials, whatever the object. As errors of items they would give rows without end, and a plan that lacks
+# what could not be opened, so they stop the run, and a rerun with fresh credentials finishes it.
 _CREDENTIAL_CODES = frozenset(
     {"ExpiredToken", "TokenRefreshRequired", "RequestExpired", "InvalidToken", "InvalidAccessKeyId"}
 )
-# Of the credentials, or of one object: an answer to HEAD has a status and no code, and some servers sign other names
-# than they are asked for ("a/../b"). What the bucket itself answers tells.
+# About the credentials or about one object: an answer to HEAD has a status but no code, and some servers sign another
+# name than the one requested ("a/../b"). The answer of the bucket itself tells which.
 _DOUBTFUL_CODES = frozenset({"400", "403", "SignatureDoesNotMatch"})
 _CREDENTIAL_ERRORS = (
     *(NoCredentialsError, PartialCredentialsError, CredentialRetrievalError),
@@ -92,7 +92,7 @@ class StorageOptions:
             "use_listings_cache": False,
             "config_kwargs": {
                 # Standard mode retries 5xx, throttling, resets and timeouts with exponential backoff and jitter.
-                # Adaptive mode adds a rate limit per process, with which workers on one bucket only slow each other.
+                # Adaptive mode adds a rate limit per process; workers on one bucket only slow each other down with it.
                 "retries": {"mode": "standard", "total_max_attempts": MAX_ATTEMPTS},
                 "connect_timeout": CONNECT_TIMEOUT_S,
                 "read_timeout": READ_TIMEOUT_S,
@@ -140,7 +140,7 @@ def connect(url: str, options: StorageOptions = DEFAULT_OPTIONS) -> tuple[fsspec
 
 
 def scrub(text: str, options: StorageOptions | None = None) -> str:
-    """`text` without credentials: known secrets, and what `redaction.redact_text` takes from URLs."""
+    """`text` without credentials: known secrets, and what `redaction.redact_text` removes from URLs."""
     secrets = [os.environ.get(name) for name in _SECRET_VARIABLES]
     if options is not None:
         secrets += [options.key, options.secret, options.token]
@@ -176,7 +176,7 @@ def to_own_error(
 
 
 def _refused_credentials(error: BaseException, code: str, what: str, options: StorageOptions) -> str:
-    """What says that the credentials are at fault and not `what`; else nothing."""
+    """What shows that the credentials are at fault and not `what`; an empty string if nothing does."""
     if isinstance(error, _CREDENTIAL_ERRORS) or type(error).__module__.startswith("google.auth."):
         return type(error).__name__
     if code in _DOUBTFUL_CODES and scheme_of(what) in S3_SCHEMES:
@@ -190,7 +190,7 @@ def _refused_credentials(error: BaseException, code: str, what: str, options: St
 
 
 def _error_code(error: BaseException) -> str:
-    """S3's code, or the HTTP status of another store's answer; else nothing."""
+    """S3's code, or the HTTP status of another store's answer; an empty string if there is neither."""
     for cause in (error, error.__cause__):  # s3fs keeps botocore's answer as the cause
         if isinstance(cause, ClientError):
             return str(cause.response.get("Error", {}).get("Code", ""))
@@ -209,7 +209,7 @@ def storage_errors(what: str, options: StorageOptions = DEFAULT_OPTIONS) -> Iter
 
 
 def storage_call(call: Callable[[], _Result], url: str, options: StorageOptions) -> _Result:
-    """Every request to storage runs in this: tried again while the failure may pass, then mapped to our own errors."""
+    """Make a request to storage: tried again while the failure may pass, then mapped to our own errors."""
     with storage_errors(url, options):
         return retry_budget(url).run(call, options.patience_s)
 
@@ -224,7 +224,7 @@ def read_object(fs: fsspec.AbstractFileSystem, path: str) -> bytes:
 def s3_keys(
     fs: fsspec.AbstractFileSystem, prefix: str, edges: Sequence[str], options: StorageOptions = DEFAULT_OPTIONS
 ) -> list[str]:
-    """`bucket/key` of all objects directly under `bucket/prefix/`, in key order, by ranges between `edges`."""
+    """`bucket/key` of all objects directly under `bucket/prefix/`, in key order, listed in ranges between `edges`."""
 
     def keys(start: str, end: str | None) -> list[str]:
         found = []
@@ -249,7 +249,7 @@ def s3_pages(
     """Pages of (`bucket/key`, size) under `bucket/prefix`, at most 1000 each, in key order, one at a time.
 
     Args:
-        start: only keys behind this one, which is relative to `prefix`.
+        start: only keys after this one, which is relative to `prefix`.
     """
     bucket, _, key_prefix = prefix.partition("/")
     arguments = {"Bucket": bucket, "Prefix": key_prefix, "Delimiter": delimiter}
@@ -265,9 +265,9 @@ def s3_pages(
 
 
 def s3_delete(fs: fsspec.AbstractFileSystem, paths: Sequence[str], options: StorageOptions = DEFAULT_OPTIONS) -> None:
-    """Remove objects `bucket/key` of one bucket; no error for those that are gone already.
+    """Remove objects `bucket/key` of one bucket; no error for those that are already gone.
 
-    Not by `fs.rm`: it takes brackets in a key for a pattern, and does not tell which objects were not removed.
+    Not by `fs.rm`: it takes brackets in a key for a pattern, and does not say which objects were not removed.
     """
     for start in range(0, len(paths), DELETED_AT_ONCE):
         some = paths[start : start + DELETED_AT_ONCE]
@@ -278,6 +278,6 @@ def _delete_objects(fs: fsspec.AbstractFileSystem, paths: Sequence[str]) -> None
     bucket = paths[0].partition("/")[0]
     keys = [{"Key": path.partition("/")[2]} for path in paths]
     answer = fs.call_s3("delete_objects", Bucket=bucket, Delete={"Objects": keys, "Quiet": True})
-    for refused in answer.get("Errors", ()):  # the answer itself is a 200
+    for refused in answer.get("Errors", ()):  # the answer itself has status 200
         status = 503 if refused.get("Code") in ("InternalError", "SlowDown", "ServiceUnavailable") else 403
         raise ClientError({"Error": refused, "ResponseMetadata": {"HTTPStatusCode": status}}, "DeleteObjects")

@@ -1,6 +1,6 @@
 """Files by name under a folder of a local disk or a prefix of an object store: atomic writes, listings, temporaries.
 
-Knows nothing of audio, plans or Ray. Nothing here caches a listing: a job's truth is what the storage says now.
+Knows nothing of audio, plans or Ray. Nothing here caches a listing: a job relies on what the storage says now.
 """
 
 import errno
@@ -39,7 +39,7 @@ class Storage:
     BAD_RECORD.
 
     Raises:
-        ConfigError: the URL has an unknown scheme, or names nothing behind it.
+        ConfigError: the URL has an unknown scheme, or names nothing after it.
     """
 
     def __init__(self, url: str, options: StorageOptions = DEFAULT_OPTIONS):
@@ -71,7 +71,7 @@ class Storage:
         return self.path(name) if self.is_local else f"{self.scheme}://{self.path(name)}"
 
     def call(self, name: str, function: Callable, *arguments):
-        """`function(*arguments)` about `name`: tried again while it may help, its errors mapped."""
+        """Call `function(*arguments)`, a request for `name`: tried again while that may help, its errors mapped."""
         return storage_call(partial(function, *arguments), self.source(name), self.options)
 
     def size(self, name: str) -> int:
@@ -132,7 +132,7 @@ class Storage:
                 (AWS); elsewhere two writers in the same instant both succeed and the last one stays: read it back.
 
         Returns:
-            False if `exclusive` and the name was there already; else True.
+            False if `exclusive` and the name already existed; else True.
         """
         with storage_errors(self.source(name), self.options):
             if self.is_local:
@@ -157,7 +157,7 @@ class Storage:
         return True
 
     def delete(self, name: str) -> None:
-        """Remove one file; no error if it is gone already."""
+        """Remove one file; no error if it is already gone."""
         try:
             self.call(name, self.fs.rm_file, self.path(name))
         except InputError as error:
@@ -165,7 +165,7 @@ class Storage:
                 raise
 
     def delete_all(self, names: Sequence[str]) -> None:
-        """Remove files, on S3 many in a request; no error for those that are gone already."""
+        """Remove files, on S3 many in one request; no error for those that are already gone."""
         if self.scheme in S3_SCHEMES:
             s3_delete(self.fs, [self.path(name) for name in names], self.options)
         else:
@@ -173,7 +173,7 @@ class Storage:
                 self.delete(name)
 
     def remove_dead_temporaries(self) -> int:
-        """Remove what killed writers have left; the number of files. Object stores keep nothing of a broken put."""
+        """Remove what killed writers have left; returns how many files. Object stores keep nothing of a broken put."""
         if not self.is_local:
             return 0
         with storage_errors(self.source(TEMPORARY_FOLDER), self.options):

@@ -1,6 +1,6 @@
-"""Files of a local disk that are written whole or not at all, and what killed writers leave of them.
+"""Files on a local disk that are written whole or not at all, and what killed writers leave of them.
 
-A temporary file is locked (flock) as long as its writer lives, and its name says on which machine that is.
+A temporary file is locked (flock) as long as its writer lives, and its name says on which machine the writer runs.
 """
 
 import errno
@@ -19,16 +19,16 @@ from typing import IO
 from parakeet_core.errors import ErrorKind, InputError
 
 HIDDEN_PREFIX = ".tmp-"
-FOREIGN_LIFE_S = 86_400.0  # a file of another machine whose last write is older is dead: a write takes seconds
+FOREIGN_LIFE_S = 86_400.0  # a file of another machine, last written longer ago, is dead: a write takes seconds
 _NO_LOCKS = frozenset({errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL})  # filesystems without flock
 _NO_LINKS = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK})  # filesystems without hard links
 
 
 def check_regular(path: str) -> None:
-    """Refuse what is not a regular file, before it is opened: a pipe would wait for ever, a device need never end.
+    """Refuse what is not a regular file, before it is opened: a pipe would wait forever, and a device may never end.
 
     Raises:
-        OSError: the path is not there or may not be looked at.
+        OSError: the path does not exist or may not be examined.
         InputError: BAD_RECORD.
     """
     mode = os.stat(path).st_mode
@@ -39,7 +39,7 @@ def check_regular(path: str) -> None:
 
 
 def write_local(path: str, data: bytes | IO[bytes], exclusive: bool, temporary_folder: str) -> bool:
-    """Make `path` hold `data` by way of a temporary file, fsync and a rename; makes both folders.
+    """Make `path` hold `data` through a temporary file, fsync and a rename; creates both folders.
 
     Args:
         exclusive: only if `path` does not exist.
@@ -67,21 +67,21 @@ def write_local(path: str, data: bytes | IO[bytes], exclusive: bool, temporary_f
     except FileExistsError:
         return False
     finally:
-        with suppress(FileNotFoundError):  # a rename has taken it away
+        with suppress(FileNotFoundError):  # a rename has moved it
             os.unlink(temporary)
     sync_folder(folder)
     return True
 
 
 def _link(temporary: str, path: str) -> None:
-    """Give the file its name; FileExistsError if there is one of that name, which a rename would replace."""
+    """Give the file its name; FileExistsError if the name exists: a rename would replace that file."""
     try:
         os.link(temporary, path)
     except OSError as error:
         if error.errno not in _NO_LINKS:
             raise
-        # Without hard links (FAT, some network and FUSE mounts) an empty file takes the name, which the whole one then
-        # replaces. Killed between the two, the writer leaves it empty.
+        # Without hard links (FAT, some network and FUSE mounts) an empty file takes the name, and the whole one then
+        # replaces it. A writer that is killed between the two leaves the file empty.
         os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
         os.replace(temporary, path)
 
@@ -90,7 +90,7 @@ def _open_locked(folder: str) -> tuple[str, int]:
     """(path, handle) of a new file that this process has locked."""
     while True:
         path = os.path.join(folder, f"{_own_prefix()}{uuid.uuid4().hex}")
-        # Not tempfile: its files are private to the user (mode 0600), a table is for others to read.
+        # Not tempfile: its files are private to the user (mode 0600), but others must be able to read a table.
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX)
@@ -99,12 +99,12 @@ def _open_locked(folder: str) -> tuple[str, int]:
                 raise
         if os.fstat(handle).st_nlink:
             return path, handle
-        os.close(handle)  # taken for dead between its making and its lock
+        os.close(handle)  # removed as dead between being created and being locked
 
 
 @contextmanager
 def try_lock(path: str) -> Iterator[bool]:
-    """Lock an existing file for the length of the block; False if another process has it. A dead process has none."""
+    """Lock an existing file during the block; False if another process holds the lock. A dead process holds none."""
     with open(path, "rb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -112,7 +112,7 @@ def try_lock(path: str) -> Iterator[bool]:
             yield False
             return
         except OSError as error:
-            if error.errno not in _NO_LOCKS | {errno.EBADF}:  # NFS: no lock for who only reads
+            if error.errno not in _NO_LOCKS | {errno.EBADF}:  # NFS: no lock on a file open only for reading
                 raise
         yield True
 
@@ -122,10 +122,10 @@ def _own_prefix() -> str:
 
 
 def remove_dead_temporaries(folder: str) -> int:
-    """Remove temporary files whose writers are dead; the number of them. Those of live writers are never touched.
+    """Remove temporary files whose writers are dead; returns their number. Those of live writers are never touched.
 
-    On this machine a writer is dead if its file is not locked. A lock of another machine may not be seen here: its
-    files go when they are older than `FOREIGN_LIFE_S`.
+    On this machine a writer is dead if its file is not locked. A lock of another machine may not be visible here: its
+    files are removed when they are older than `FOREIGN_LIFE_S`.
     """
     try:
         names = [name for name in os.listdir(folder) if name.startswith(HIDDEN_PREFIX)]
@@ -140,7 +140,7 @@ def remove_dead_temporaries(folder: str) -> int:
 
 def _remove_if_dead(path: str, own: bool) -> bool:
     try:
-        handle = os.open(path, os.O_RDWR)  # on NFS who only reads gets no lock (EBADF)
+        handle = os.open(path, os.O_RDWR)  # on NFS a file open only for reading cannot be locked (EBADF)
     except PermissionError:
         return False  # another user's: left to them
     try:
@@ -160,7 +160,7 @@ def _remove_if_dead(path: str, own: bool) -> bool:
 
 
 def sync_folder(folder: str) -> None:
-    """The rename itself reaches the disk only with the folder."""
+    """Write a folder to disk: only then is a rename in it durable."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

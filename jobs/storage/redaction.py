@@ -13,8 +13,8 @@ _SIGNING = re.compile(
     re.IGNORECASE,
 )
 _USER = re.compile(r"(://)[^/@\s]+@")
-# To the end of the query, over escapes of JSON and repr (\u00e9), but not over an escaped quote, which ends the text.
-# Without a query as well: a search that gave such a URL up would begin anew at each http:// within it.
+# To the end of the query, across escapes of JSON and repr (\u00e9), but not an escaped quote, which ends the text.
+# URLs without a query match as well: a search that gave up on one would start again at each http:// within it.
 _URL = re.compile(r"https?://(?:[^\s?\"'\\]|\\(?![\"']))+(?:\?(?:[^\s\"'\\]|\\(?![\"']))*)?", re.IGNORECASE)
 _SIGNATURE = re.compile(
     r"([?&](?:x-amz-signature|x-amz-credential|x-amz-security-token|x-goog-signature|x-goog-credential|awsaccesskeyid"
@@ -26,8 +26,8 @@ _SIGNATURE = re.compile(
 def redact_url(url: str) -> str:
     """`url` without user and password and, for http, without its query, any value of which can be a secret.
 
-    A short digest of the query stands for it, so that URLs that differ in their queries stay different. Parameters of a
-    signature have no part in it: an object that is signed again tomorrow keeps its redacted URL.
+    A short digest takes the query's place, so that URLs that differ in their queries stay different. Parameters of a
+    signature are left out of it: an object that is signed again tomorrow keeps its redacted URL.
     """
     url = _USER.sub(rf"\1{HIDDEN}@", url)
     address, mark, query = url.partition("?")
@@ -44,5 +44,5 @@ def redact_text(text: str) -> str:
 
 
 def mask_signatures(text: str) -> str:
-    """`text` as it is, but for the values of signing parameters: for metadata that should keep its links."""
+    """`text` unchanged except for hidden values of signing parameters: for metadata that should keep its links."""
     return _SIGNATURE.sub(rf"\1{HIDDEN}", text)

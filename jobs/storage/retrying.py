@@ -1,7 +1,7 @@
-"""Failing storage, tried again: which failures may pass, and for how long. Knows nothing of requests or of rows.
+"""Retries of failing storage: after which failures, and for how long. Knows nothing of requests or of rows.
 
-botocore tries an S3 request again until its headers are there (`connections.py`), under a quota of 100 retries per
-process. What it does not do comes here: a body that breaks off, a burst of 503s that uses up the quota, plain http.
+botocore retries an S3 request until the answer's headers have arrived (`connections.py`), under a quota of 100 retries
+per process. What it does not cover is here: a body that breaks off, a burst of 503s that uses up the quota, plain http.
 """
 
 import functools
@@ -36,9 +36,9 @@ _BROKEN_TRANSFERS = (
     *(botocore.exceptions.IncompleteReadError, aiohttp.ClientError),
     *(http.client.IncompleteRead, http.client.BadStatusLine, ConnectionError, TimeoutError),
 )
-# Answers below 500 that S3 gives to an upload that stalled or was damaged on its way, and to two that meet.
+# Answers below 500 that S3 gives when an upload stalled or was damaged on its way, or when two uploads collide.
 _PASSING_CODES = frozenset({"RequestTimeout", "XAmzContentSHA256Mismatch", "BadDigest", "ConditionalRequestConflict"})
-# What an answer's HTTP status is called, as a number or as text: by azure, by aiohttp, by gcsfs and urllib.
+# The attributes that hold an answer's HTTP status, as a number or text: of azure, of aiohttp, of gcsfs and urllib.
 _STATUS_NAMES = ("status_code", "status", "code")
 _STORE_PACKAGES = frozenset({"gcsfs", "google", "adlfs", "azure"})  # optional; some of their errors have no status
 _PASSING_STATUSES = frozenset({408, 429})
@@ -46,14 +46,14 @@ _Result = TypeVar("_Result")
 
 
 def is_storage_error(error: Exception) -> bool:
-    """Whether an exception is a store's. Those of other stores than S3 derive from Exception alone."""
+    """Whether an exception comes from a store. Those of stores other than S3 derive from Exception alone."""
     package = type(error).__module__.partition(".")[0]
     answered = any(hasattr(error, name) for name in _STATUS_NAMES)
     return isinstance(error, STORAGE_ERRORS) or answered or package in _STORE_PACKAGES
 
 
 def http_status(error: BaseException) -> int | None:
-    """The HTTP status that an exception carries, if it does."""
+    """The HTTP status that an exception carries, if any."""
     found = (str(getattr(error, name, "")) for name in _STATUS_NAMES)
     return next((int(value) for value in found if value.isdecimal() and 100 <= int(value) < 600), None)
 
@@ -65,7 +65,7 @@ def may_pass(error: BaseException) -> bool:
         status = answer.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
         return status >= 500 or status == 429 or answer.response.get("Error", {}).get("Code") in _PASSING_CODES
     status = http_status(error)
-    if status is not None:  # below 400 it is the body of a good answer that broke off
+    if status is not None:  # below 400, the body of a good answer broke off
         return status >= 500 or status in _PASSING_STATUSES or status < 400
     if isinstance(error, urllib.error.URLError):
         return isinstance(error.reason, BaseException) and may_pass(error.reason)
@@ -73,16 +73,16 @@ def may_pass(error: BaseException) -> bool:
         return error.errno == socket.EAI_AGAIN
     if getattr(error, "retryable", False) is True:  # google.auth says so itself
         return True
-    if hasattr(error, "inner_exception") and not hasattr(error, "status_code"):  # azure had no answer
+    if hasattr(error, "inner_exception") and not hasattr(error, "status_code"):  # azure got no answer
         return True
     return isinstance(error, _BROKEN_TRANSFERS) and not isinstance(error, ValueError)  # ValueError: a malformed URL
 
 
 class RetryBudget:
-    """How long one process goes on trying one store.
+    """How long one process keeps trying one store.
 
-    A call is given up when it has failed for the caller's patience, or when the store has answered no call of this
-    process for that long: a store that is gone costs the patience once, and then one try per item.
+    A call is given up when it has failed for the caller's whole patience, or when the store has answered no call of
+    this process for that long: a store that is gone costs the patience once, and then one try per item.
     """
 
     def __init__(self, store: str):
@@ -90,7 +90,7 @@ class RetryBudget:
         self._failing_since: float | None = None  # start of the first failed try since the last answer
 
     def run(self, call: Callable[[], _Result], patience_s: float) -> _Result:
-        """`call()`, again after failures that may pass. Raises the last failure."""
+        """Run `call()`, and again after failures that may pass. Raises the last failure."""
         started = time.monotonic()
         for attempt in itertools.count():
             tried_at = time.monotonic()
@@ -98,7 +98,7 @@ class RetryBudget:
                 result = call()
             except Exception as error:
                 if not may_pass(error):
-                    self._failing_since = None  # the store is there, it says no
+                    self._failing_since = None  # the store answers, if only to refuse
                     raise
                 failing_since = self._failing_since or tried_at
                 self._failing_since = failing_since

@@ -7,13 +7,13 @@ from jobs.storage.connections import StorageOptions, connect, scheme_of, storage
 from jobs.storage.local_files import check_regular
 from parakeet_core.errors import CredentialsError, InputError
 
-SEEK_BLOCK_BYTES = 1 << 20  # 32 s of 16 kHz 16-bit: a segment is mostly one request
+SEEK_BLOCK_BYTES = 1 << 20  # 32 s of 16 kHz 16-bit: most segments take one request
 
 
 class SourceFile(io.RawIOBase):
     """An open file. A read that failed leaves the position where it was, so that it can be tried again.
 
-    Decoders in C call `read` back and cannot pass a Python exception on: they see an end of file. So the first failure
+    Decoders in C that call `read` cannot pass a Python exception on: they see an end of file. So the first failure
     is kept in `error`; check it after decoding (`raise_error`) before believing that a file is truncated.
     """
 
@@ -62,6 +62,6 @@ class SourceFile(io.RawIOBase):
         super().close()
 
     def raise_error(self) -> None:
-        """Raises the failure that a decoder may have seen as an end of file."""
+        """Raise the failure that a decoder may have seen as an end of file."""
         if self.error is not None:
             raise self.error

@@ -1,4 +1,4 @@
-"""The transcript table and the folder it lies in: its schema, its parts and their commit, and whose output it is.
+"""The transcript table and the folder it lies in: its schema, its parts, their commit, and which model it belongs to.
 
-Knows nothing of how a transcript is made, and of Ray.
+Knows nothing of how a transcript is made, nor of Ray.
 """

@@ -1,6 +1,7 @@
 """Swap two folders on one local disk in one step, so that no reader sees a state in between.
 
-Python has no call for it, Linux has: renameat2 with RENAME_EXCHANGE (since 3.15; ext4, xfs, btrfs, tmpfs, overlayfs).
+Python has no call for this, but Linux does: renameat2 with RENAME_EXCHANGE (since 3.15; ext4, xfs, btrfs, tmpfs,
+overlayfs).
 """
 
 import ctypes
@@ -33,7 +34,7 @@ def swap_folder(folder: str, beside: str, kept: Iterable[str]) -> bool:
 
 
 def _link(source: str, target: str) -> None:
-    """Make a hard link; one left by an earlier try may be to a file that has been replaced since."""
+    """Make a hard link; one left by an earlier try may lead to a file that has been replaced since."""
     if os.path.exists(target) and not os.path.samefile(source, target):
         os.unlink(target)
     if not os.path.exists(target):

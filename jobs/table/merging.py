@@ -18,8 +18,8 @@ from jobs.storage.files import Storage
 from jobs.table.schema import TRANSCRIPT_SCHEMA
 from parakeet_core.errors import ErrorKind, InputError
 
-ROW_GROUP_ROWS = 122_880  # DuckDB's own size; its threads and Spark's take a row group each
-ROW_GROUP_BYTES = 128 << 20  # in memory; fewer rows of long items
+ROW_GROUP_ROWS = 122_880  # DuckDB's own size; each of its threads, and of Spark's, takes one row group
+ROW_GROUP_BYTES = 128 << 20  # in memory; so fewer rows if items are long
 
 
 def merge_parts(output: Storage, names: Sequence[str], metadata: dict[bytes, bytes], target: Path) -> int:

@@ -1,7 +1,7 @@
 """What an output folder belongs to: one model in one dtype. Other versions of its table lie in folders of their own.
 
 OUTPUT/job.json                  the identity this output belongs to, written once
-OUTPUT/versions/<fingerprint>/   the output of another identity, of the same form as OUTPUT itself
+OUTPUT/versions/<fingerprint>/   the output of another identity, laid out like OUTPUT itself
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from parakeet_core.errors import ConfigError
 
 JOB_FILE = "job.json"
 VERSIONS_FOLDER = "versions"
-RESULTS_VERSION = 1  # raise it when a change of the code gives other transcripts for the same audio and weights
+RESULTS_VERSION = 1  # raise it when a code change gives other transcripts for the same audio and weights
 FINGERPRINT_DIGITS = 10  # of 64: names stay short, and one output never sees many configurations
 SETTLE_S = 2.0  # a put of a few hundred bytes takes 20-100 ms, with a retry less than a second
 
@@ -28,10 +28,10 @@ class JobIdentity:
 
     Attributes:
         weights_sha256: digest of the checkpoint's weights.
-        dtype: the model runs in.
+        dtype: in which the model runs.
         model: name of the checkpoint, for people; not part of the fingerprint.
-        files: name -> sha256 of what decides texts beside the weights: configuration, front end and tokenizer. Empty
-            for an output that was begun before they were noted: there they are not compared.
+        files: name -> sha256 of what affects texts besides the weights: configuration, front end and tokenizer. Empty
+            for an output that was begun before these were recorded: there they are not compared.
     """
 
     weights_sha256: str
@@ -47,24 +47,24 @@ class JobIdentity:
 
 
 def recorded_dtype(output: Storage) -> str | None:
-    """The dtype that an output was begun with; None for an output that nobody has begun."""
+    """The dtype that an output was begun with; None for an output that no run has begun."""
     return (_job_record(output) or {}).get("dtype")
 
 
 def recorded_fingerprint(output: Storage) -> str | None:
-    """The fingerprint of the table in an output; None for an output that nobody has begun."""
+    """The fingerprint of the table in an output; None for an output that no run has begun."""
     return (_job_record(output) or {}).get("fingerprint")
 
 
 def as_begun(output: Storage, identity: JobIdentity) -> tuple[Storage, JobIdentity]:
-    """The output, and the identity as far as it says its own: without files if it was begun before they were noted."""
+    """The output, and the identity as it records it: without files if it was begun before they were recorded."""
     record = _job_record(output)
     return output, identity if record is None or record.get("files") else replace(identity, files={})
 
 
 def version_of(output: Storage, identity: JobIdentity) -> tuple[Storage, JobIdentity]:
     """Where this identity's table lies: the output itself if it is free or its own, else a folder for this version."""
-    versions = [identity, replace(identity, files={})]  # the second: a folder that was begun before files were noted
+    versions = [identity, replace(identity, files={})]  # the second: a folder that was begun before files were recorded
     folders = [Storage(f"{output.url}/{VERSIONS_FOLDER}/{found.fingerprint}", output.options) for found in versions]
     for place in (output, folders[1]):
         record, (_, found) = _job_record(place), as_begun(place, identity)
@@ -75,10 +75,10 @@ def version_of(output: Storage, identity: JobIdentity) -> tuple[Storage, JobIden
 
 
 def claim_output(output: Storage, identity: JobIdentity, generations: list[Generation]) -> None:
-    """Mark an output as this identity's, and make sure that it and the plan hold against drivers of the same moment.
+    """Mark an output as this identity's, and check that no driver of the same moment has replaced the mark or the plan.
 
-    Without conditional put a second driver may still overwrite what this one wrote: it looked before, and its request
-    was on its way. It has arrived once SETTLE_S have gone, and what is there then holds for all.
+    Without conditional put a second driver may still overwrite what this one wrote, if it looked before and its request
+    was on its way. After SETTLE_S that request has arrived, and what is there then holds for all.
 
     Args:
         generations: the plan that this run would carry out.
@@ -96,7 +96,7 @@ def claim_output(output: Storage, identity: JobIdentity, generations: list[Gener
 
 
 def check_output(output: Storage, identity: JobIdentity) -> None:
-    """Refuse an output that another model or dtype has begun; an output that nobody has begun is fine."""
+    """Refuse an output that was begun with another model or dtype; one that no run has begun is fine."""
     found = _job_record(output)
     if found is not None and found["fingerprint"] != identity.fingerprint:
         same = all(found.get(name) == getattr(identity, name) for name in ("weights_sha256", "dtype"))

@@ -22,7 +22,7 @@ from jobs.table.shard_names import unpack_shards
 from parakeet_core.errors import ConfigError
 
 TABLE_FOLDER = "transcripts"
-LIST_SPAN = 3990  # parts that one range of a listing holds, and many ranges are listed at a time: four pages of 1000
+LIST_SPAN = 3990  # parts in one range of a listing, four pages of 1000; many ranges are listed at a time
 FOOTER_THREADS = 32  # requests for footers at a time; each waits 20-100 ms on an object store
 PART_NAME = re.compile(r"^part-(?P<shard>\d{4,}-\d{6,}-[0-9a-f]+)-(?P<fingerprint>[0-9a-f]+)\.parquet$")
 MERGED_NAME = re.compile(r"^merged-[0-9a-f]+-(?P<fingerprint>[0-9a-f]+)\.parquet$")
@@ -45,7 +45,7 @@ class Committed:
 
     @cached_property
     def doubled(self) -> set[str]:
-        """Shards that stand in two files: merging was stopped between its put and its deletes, or is at work."""
+        """Shards that are in two files: merging was stopped between its put and its deletes, or is still running."""
         if sum(map(len, self.files.values())) == len(self.shards):
             return set()
         seen: set[str] = set()
@@ -73,7 +73,7 @@ def find_committed(output: Storage, fingerprint: str, planned: set[str]) -> Comm
     for name in names:
         if (found := PART_NAME.match(name)) and found["fingerprint"] == fingerprint:
             files[name] = frozenset([found["shard"]])
-    seen = [name for name in names if not name.startswith((".", "_"))]  # readers of a table leave such names out
+    seen = [name for name in names if not name.startswith((".", "_"))]  # readers of a table skip such names
     foreign = [name for name in seen if not (name in files and files[name] <= planned)]
     if foreign:
         raise ConfigError(
@@ -105,7 +105,7 @@ def read_footers(output: Storage, names: Iterable[str]) -> dict[str, Footer]:
     """The footers of files of the table, by their names in its folder.
 
     Raises:
-        ConfigError: one is not of this program.
+        ConfigError: one was not written by this program.
     """
 
     def read(name: str) -> tuple[str, Footer]:

@@ -72,7 +72,7 @@ def normalise_words(text: str) -> str:
     """In lower case, with only letters, their marks, digits and straight apostrophes, composed (NFC).
 
     This is what the `wer` column compares. The word characters of a regular expression do not include marks: it would
-    cut words at the vowel signs of Hindi, and at the accents of decomposed texts, as some corpora have them.
+    cut words at the vowel signs of Hindi, and at the accents of decomposed texts, which some corpora contain.
     """
     composed = unicodedata.normalize("NFC", text.lower().replace("\u2019", "'"))
     return " ".join("".join(character if _in_word(character) else " " for character in composed).split())

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 def pack_shards(shards: Iterable[str]) -> dict[str, str]:
     """Shard names in few bytes: generation and plan -> ranges of numbers, as in "0-99,102"."""
     numbers: dict[str, list[int]] = {}
-    for shard in sorted(shards):  # of a million and more shards not the order of their numbers
+    for shard in sorted(shards):  # from a million shards on, this is not the order of their numbers
         generation, number, plan = shard.split("-")
         numbers.setdefault(f"{generation}-{plan}", []).append(int(number))
     return {key: _ranges(sorted(values)) for key, values in numbers.items()}

@@ -19,5 +19,5 @@ def storage(request, tmp_path) -> Storage:
 
 @pytest.fixture(scope="session")
 def layouts(tmp_path_factory) -> dict[str, Path]:
-    """Twelve carried prompts in the four layouts."""
+    """Twelve bundled prompts in the four layouts."""
     return write_layouts(prompt_records(12), tmp_path_factory.mktemp("layouts"))

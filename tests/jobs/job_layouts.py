@@ -1,4 +1,4 @@
-"""The carried prompts in the four layouts that the job reads, and the job run over them."""
+"""The bundled prompts in the four layouts that the job reads, and the job run over them."""
 
 import io
 import json
@@ -16,7 +16,7 @@ PROMPTS, TINY_EN = DATA / "prompts", DATA / "tiny-en"
 
 
 def prompt_records(count: int | None = None) -> list[dict]:
-    """Manifest lines of the carried prompts."""
+    """Manifest lines of the bundled prompts."""
     lines = (PROMPTS / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines[:count]]
 
@@ -59,7 +59,7 @@ def write_tar(path: Path, mode: str, records: list[dict], audio: dict[str, bytes
 
 
 def job_config(input_: object, output: object, **options) -> TranscribeConfig:
-    """The job over the carried model on the CPU, with one actor: a second takes seconds to start."""
+    """The job with the bundled model on the CPU and one actor: a second one takes seconds to start."""
     defaults = {"model": str(TINY_EN), "device": "cpu", "model_actors": (1, 1)}
     return TranscribeConfig(**defaults | options, input=str(input_), output=str(output))
 

@@ -1,4 +1,4 @@
-"""Small inputs made on the spot, and where the shared speech lies if it is there."""
+"""Small inputs made on the spot, and where the shared speech is, if present."""
 
 import io
 import json

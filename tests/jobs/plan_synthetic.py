@@ -2,9 +2,9 @@
 
     python tests/jobs/plan_synthetic.py ITEMS OUTPUT [--grow]
 
-With --grow the listing is then planned again with one item in a hundred more, as a later run would.
+With --grow the listing is then planned again with 1 % more items, as a later run would.
 
-Run as its own process, so that the peak is that of planning alone. Also the way to show 10 million items in 2 GiB.
+Run as its own process, so that the peak is that of planning alone. Also shows that 10 million items fit in 2 GiB.
 """
 
 import json
@@ -41,14 +41,14 @@ def synthetic_listing(items: int, first: int = 0) -> Iterator[pa.RecordBatch]:
 
 
 def peak_mib() -> int:
-    """Of this process alone: `ru_maxrss` would begin with the resident set of the process that forked it."""
+    """Of this process alone: `ru_maxrss` would start at the resident set of the process that forked it."""
     status = Path("/proc/self/status").read_text()
     return int(next(line for line in status.splitlines() if line.startswith("VmHWM:")).split()[1]) // 1024
 
 
 def main(items: int, output: str, growing: bool) -> None:
     base_mib, begin = peak_mib(), time.monotonic()
-    # The folder is empty: the headers of the sample are not there, so the nominal rate is used.
+    # The folder is empty: the sampled files do not exist, so the nominal rate is used.
     scan = scan_input(InputOptions(tempfile.mkdtemp(), format="files"), synthetic_listing(items))
     listed = time.monotonic()
     storage = Storage(output)

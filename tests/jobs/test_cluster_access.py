@@ -1,7 +1,7 @@
 """cluster/'s policies and dashboard: who may do what in S3 and EC2, and queries over metrics that exist.
 
-The policies are judged by an evaluator of their own few features, asked what each part of the job asks of S3. The
-dashboard's queries are parsed by a PromQL parser and held against the job's metrics.
+The policies are judged by an evaluator of the few features they use, for the requests that each part of the job makes
+to S3. The dashboard's queries are parsed by a PromQL parser and compared with the job's metrics.
 """
 
 import json
@@ -125,7 +125,7 @@ def test_the_autoscaler_may_start_nodes_and_end_its_own():
     assert allowed(statements, "ec2:TerminateInstances", node, own)
     assert not allowed(
         statements, "ec2:CreateTags", node, here
-    )  # it could take a foreign node for its own, then end it
+    )  # it could tag a foreign node as its own, then terminate it
     assert not allowed(
         statements, "ec2:TerminateInstances", node, {**here, "ec2:ResourceTag/ray-cluster-name": "other"}
     )
@@ -142,7 +142,7 @@ def test_policies_and_launcher_file_agree_on_names():
 
 # --- the dashboard
 
-METRICS = {  # name: (kind, labels); test_metrics.py holds them against what a node serves, `ray_` in front
+METRICS = {  # name: (kind, labels); test_metrics.py compares them with what a node serves, with `ray_` in front
     "parakeet_items_total": ("counter", {"status"}),
     "parakeet_errors_total": ("counter", {"kind"}),
     "parakeet_audio_seconds_total": ("counter", {"node"}),
@@ -168,7 +168,7 @@ def parse(query: str) -> promql_parser.Expr:
 
 
 def selectors(query: str) -> list[tuple[promql_parser.VectorSelector, bool]]:
-    """(selector, whether a range of it is taken) for each metric of the query."""
+    """(selector, whether it selects a range) for each metric of the query."""
     found = []
 
     def visit(node) -> bool:

@@ -1,7 +1,7 @@
 """cluster/ without a cluster: launcher file, Kubernetes manifests, image, README, as a user would render them.
 
-Judges that are not ours: Ray's launcher schema, botocore's EC2 model, the Kubernetes schemas, hadolint, bash, the job's
-own command line. KubeRay's fields are a hand-made extract (tests/data/kuberay-schema), its CRD being in no package.
+The judges are not ours: Ray's launcher schema, botocore's EC2 model, the Kubernetes schemas, hadolint, bash, and the
+job's own command line. KubeRay's fields are a hand-made extract (tests/data/kuberay-schema): no package has its CRD.
 """
 
 import copy
@@ -39,7 +39,7 @@ PLACEHOLDER = re.compile(r"@[A-Z_]+@")
 
 @pytest.fixture(scope="module")
 def rendered(tmp_path_factory) -> Path:
-    """The folder that README's render command makes of cluster/."""
+    """The folder that README's render command makes from cluster/."""
     folder = tmp_path_factory.mktemp("rendered")
     shutil.copytree(CLUSTER, folder / "cluster")
     (block,) = [block for block in BASH_BLOCKS if "settings.sed" in block]
@@ -231,7 +231,7 @@ def test_kuberays_own_rules_hold(job):
 
 def test_the_heads_service_has_what_operator_and_user_reach(cluster):
     """KubeRay's getServicePorts takes the container's ports as they are if there are any, and the operator looks for
-    the one named dashboard: without it a RayJob never learns how its job is (FetchHeadServiceURL)."""
+    the one named dashboard: without it a RayJob never learns its job's state (FetchHeadServiceURL)."""
     (head,) = cluster["spec"]["headGroupSpec"]["template"]["spec"]["containers"]
     ports = {port["name"]: port["containerPort"] for port in head["ports"]}
     assert ports == {"gcs-server": 6379, "dashboard": 8265, "metrics": 8080}
@@ -338,7 +338,7 @@ def test_job_commands_are_ones_that_the_job_takes(job):
     assert commands[0] == commands[1], "resume is the same command"
     for command in [*commands, job["spec"]["entrypoint"].removeprefix("python -m jobs.transcribe")]:
         config = tyro.cli(TranscribeConfig, args=shlex.split(command.replace("\\\n", " ")))
-        assert config.device == "cuda"  # `auto` would look for a GPU node before one is there
+        assert config.device == "cuda"  # `auto` would look for a GPU node before there is one
         gpus = next(
             group["maxReplicas"]
             for group in job["spec"]["rayClusterSpec"]["workerGroupSpecs"]

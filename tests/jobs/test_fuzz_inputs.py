@@ -28,7 +28,7 @@ RECORDS = [
 
 
 def read_folder(name: str, content: bytes) -> int:
-    """Everything that planning and reading do with one input file; the number of items."""
+    """Do everything that planning and reading do with one input file; returns the number of items."""
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "a.wav").write_bytes(audio_bytes(0.2))
         Path(folder, name).write_bytes(content)
@@ -38,7 +38,7 @@ def read_folder(name: str, content: bytes) -> int:
         with scan_input(options) as scan:
             rows = pa.Table.from_batches(scan.batches(), PLAN_SCHEMA)
         items = list(read_items(rows, storage.options))
-    for field in ITEM_FIELDS[:8]:  # what an item brings along
+    for field in ITEM_FIELDS[:8]:  # what an item carries
         pa.array([getattr(item, field.name) for item in items], field.type)
     for item in items:
         assert isinstance(item.payload, bytes | InputError), item
@@ -47,7 +47,7 @@ def read_folder(name: str, content: bytes) -> int:
             assert len(item.payload.message) < 20_000
         if item.extra is not None:
             json.loads(item.extra, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
-    if not name.endswith((".jsonl", ".gz")):  # of manifests, planning makes ids unique
+    if not name.endswith((".jsonl", ".gz")):  # for manifests, planning makes ids unique
         assert len({item.id for item in items}) == len(items)
     return len(items)
 
@@ -77,7 +77,7 @@ def parquets() -> list[bytes]:
     return files
 
 
-TARGETS = {  # name -> strategy of the arguments of `read_folder`, made when it is wanted
+TARGETS = {  # name -> strategy of the arguments of `read_folder`, built when it is needed
     "manifest": lambda: st.tuples(st.just("items.jsonl"), manifests()),
     "manifest.gz": lambda: st.tuples(
         st.just("items.jsonl.gz"), damaged_bytes([gzip.compress(jsonl(*RECORDS), mtime=0)])

@@ -1,4 +1,4 @@
-"""A model by its id on the Hugging Face hub: the hub's own library fetches it from a server that answers as the hub."""
+"""A model by its id on the Hugging Face hub: the hub's own library fetches it from a server that acts as the hub."""
 
 import hashlib
 import json
@@ -25,7 +25,7 @@ print(model.digest)
 
 
 class Hub(ThreadingHTTPServer):
-    """One repository, `someone/tiny`. `fetched` has the names of the files that were asked for."""
+    """One repository, `someone/tiny`. `fetched` has the names of the requested files."""
 
     def __init__(self, files: dict[str, bytes]):
         super().__init__(("127.0.0.1", 0), _Handler)
@@ -79,7 +79,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def fetch(hub: Hub, folder: Path) -> subprocess.CompletedProcess:
-    """In a process of its own, since the library reads its settings when it is imported."""
+    """In a separate process, because the library reads its settings when it is imported."""
     settings = {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HOME": str(folder), "PYTHONPATH": str(REPO)}
     quiet = {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     command = [sys.executable, "-c", FETCH]

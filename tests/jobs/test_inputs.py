@@ -130,7 +130,7 @@ def test_a_glob_starts_where_it_says_and_not_in_the_working_directory(tmp_path, 
     assert globbed("**/*.flac") == [str(inside / "a.flac"), str(inside / "sub/b.flac")]
     assert globbed("../*.flac") == globbed(f"file://{tmp_path}/?.flac") == [str(tmp_path / "c.flac")]
     with pytest.raises(ConfigError, match="cannot be listed.*no such object"):
-        globbed("none.flac")  # is not a pattern for what lies beside br[1]
+        globbed("none.flac")  # the br[1] of the working directory is not part of a pattern
     root, pattern, name = resolve_input("/*.flac", Storage("/").options)
     assert (root.root, name) == ("/", None)
     assert not [n for batch in list_files(root, pattern) for n in batch["name"].to_pylist() if "/" in n]
@@ -290,7 +290,7 @@ def test_torn_gzip_manifest_gives_its_lines_and_one_error(tmp_path):
 
 @pytest.mark.parametrize("brackets", ["[]", '{"k":', "[{"])
 def test_no_depth_of_a_line_ends_the_scan(brackets):
-    for depth in range(900, 1001):  # Python's limit on recursion is 1000, and is met at another depth by each function
+    for depth in range(900, 1001):  # Python's recursion limit is 1000, and each function meets it at another depth
         opening, closing = brackets.partition("]")[0], {"[]": "]", '{"k":': "}", "[{": "}]"}[brackets]
         value = opening * depth + "1" + closing * depth
         for key in ("x", "audio_filepath", "offset", "duration", "channel", "id", "text"):
@@ -436,7 +436,7 @@ def test_an_encrypted_parquet_file_is_one_rejected_row(tmp_path, plaintext_foote
     properties = factory.file_encryption_properties(encryption.KmsConnectionConfig(), chosen)
     pq.write_table(hf_table(2), tmp_path / "a.parquet", encryption_properties=properties)
     pq.write_table(hf_table(2), tmp_path / "b.parquet")
-    scan = "from jobs.inputs.scan import *; import sys\n"  # in a process of its own, which it may end
+    scan = "from jobs.inputs.scan import *; import sys\n"  # in a separate process, which it may end
     scan += "for batch in scan_input(InputOptions(sys.argv[1])).batches(): print(*batch['id'], *batch['error_message'])"
     done = subprocess.run([sys.executable, "-c", scan, str(tmp_path)], cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -18,7 +18,7 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def remote(s3_server):
-    """(URL of the carried model in a bucket, the folder that the server serves it from)."""
+    """(URL of the bundled model in a bucket, the folder that the server serves it from)."""
     bucket = s3_server.bucket()
     folder = s3_server.folder / bucket / "models" / "tiny-en"
     shutil.copytree(TINY_EN, folder)

@@ -1,4 +1,4 @@
-"""jobs/table/ownership.py, jobs/resume.py: of drivers that begin at once one goes on; what a receipt accounts for."""
+"""jobs/table/ownership.py, jobs/resume.py: of drivers that begin together one goes on; what a receipt accounts for."""
 
 import hashlib
 import json
@@ -32,7 +32,7 @@ ROUNDS, DRIVERS = 4, 3
 
 @pytest.mark.parametrize("differing", ["plans", "models"])
 def test_of_drivers_that_begin_at_once_one_goes_on(storage, differing):
-    """Also on a server without conditional put, as the one of these tests: it lets all their writes through."""
+    """Also on a server without conditional put, like the one of these tests, which lets all their writes through."""
     outputs = [Storage(f"{storage.url}/{number}", storage.options) for number in range(ROUNDS)]
     gates = [threading.Barrier(DRIVERS) for _ in outputs]
     ended: list[list] = [[] for _ in outputs]
@@ -103,7 +103,7 @@ def test_a_changed_file_beside_the_same_weights_is_another_model(begun, name):
 
 
 def test_outputs_that_do_not_say_these_files_go_on(begun):
-    """Begun before they were noted: nothing is compared, and names stay what they were."""
+    """Begun before the files were recorded: nothing is compared, and names stay what they were."""
     root = prepare(begun).output
     for dtype, folder in (("float32", ""), ("bfloat16", "versions/{}/")):
         weights = prepare(begun).identity.weights_sha256
@@ -138,8 +138,8 @@ def test_the_millionth_shard_and_the_ten_thousandth_generation_are_found(tmp_pat
 @pytest.mark.parametrize(
     ("kind", "again"),
     [
-        ("decoder_missing", True),  # mended by pip install
-        ("unexpected", True),  # the MemoryError of a full host, or a defect that a later version has not
+        ("decoder_missing", True),  # fixed by pip install
+        ("unexpected", True),  # the MemoryError of a full host, or a defect that a later version does not have
         ("decoder_crash", True),
         ("storage", True),
         ("not_audio", False),

@@ -276,7 +276,7 @@ def test_stored_digests_are_those_of_the_rows_of_every_generation(tmp_path, monk
     monkeypatch.setattr("jobs.planning.item_digests.ITEMS_PER_FILE", 50)
     storage = Storage(str(tmp_path))
     rows = [row | {"id": f"{n % 90}"} for n, row in enumerate(known_rows(301))]
-    rows[150]["id"] = "7~2"  # which row 97 gets, and so this one is renamed twice, or that one is
+    rows[150]["id"] = "7~2"  # which row 97 gets as well, so one of the two has to be renamed again
     for generation, count in enumerate((170, 301)):
         known = stored_items(storage)
         with plan_shards(batches_of(rows[:count]), PlanOptions(shard_audio_s=60), known, generation) as plan:
@@ -322,7 +322,7 @@ def test_seconds_are_estimated_from_headers(storage):
 
 def test_audio_whose_headers_give_no_length_is_estimated_from_its_size(tmp_path):
     flac = bytearray(audio_bytes(2.0, "FLAC"))
-    flac[21] &= 0xF0  # no total of samples, as of a FLAC that was written to a pipe
+    flac[21] &= 0xF0  # no total number of samples, as in a FLAC that was written to a pipe
     flac[22:26] = bytes(4)
     (tmp_path / "files").mkdir()
     (tmp_path / "tars").mkdir()
@@ -336,7 +336,7 @@ def test_audio_whose_headers_give_no_length_is_estimated_from_its_size(tmp_path)
 
 
 def test_samples_that_cannot_be_opened_leave_the_nominal_rate(tmp_path):
-    """Without gcsfs here; a pipe must not hang the planning either."""
+    """gcsfs is not installed here; a pipe must not hang the planning either."""
     os.mkfifo(tmp_path / "pipe.wav")
     lines = [{"audio_filepath": name} for name in ("gs://b/a.wav", "pipe.wav", "/dev/zero", "s3://bucketonly")]
     (tmp_path / "m.jsonl").write_bytes(jsonl(*lines))
@@ -359,7 +359,7 @@ def test_an_input_without_items_is_refused_by_the_dry_run(tmp_path, capsys, name
     assert line.startswith(f"error: {tmp_path}/in/{name}: nothing to transcribe; ")
     with plan_shards(batches_of(known_rows(3))) as plan:
         write_plan(Storage(str(tmp_path / "out")), plan)
-    planned = stored_items(Storage(str(tmp_path / "out")))  # of an output whose input has become empty since
+    planned = stored_items(Storage(str(tmp_path / "out")))  # of an output whose input has since become empty
     assert dry_run(InputConfig(input=str(tmp_path / "in" / name)), planned) == 0
 
 
@@ -416,7 +416,7 @@ def test_a_million_items_are_planned_in_bounded_memory(tmp_path):
 
 
 def grow(storage: Storage, rows: list[dict]) -> int:
-    """Plan and store `rows` as one more generation; the number of new items."""
+    """Plan and store `rows` as one more generation; returns the number of new items."""
     generation = len(list_generations(storage))
     with plan_shards(batches_of(rows, 3), planned=stored_items(storage), generation=generation) as plan:
         if plan.shards:
@@ -436,8 +436,8 @@ def test_names_that_were_given_stay_when_repeated_ids_come_in_before_them(storag
     assert grow(storage, placed("a@6", "a@9", "b@8", "a@1", "a@2", "b@3", "a~2@7")) == 1
     names = {row["source"][3:]: row["id"] for row in all_rows(storage)}
     assert names == {"1": "a", "2": "a~2", "3": "b", "9": "a~3", "8": "b~2", "7": "a~2~2", "6": "a~4"}
-    assert grow(storage, placed("a@2", "a~2@7")) == 0  # what has gone from the input makes nothing new
-    assert grow(storage, placed("b@elsewhere")) == 1  # which b it would be is not known: none is left out
+    assert grow(storage, placed("a@2", "a~2@7")) == 0  # what is gone from the input makes nothing new
+    assert grow(storage, placed("b@elsewhere")) == 1  # which b this is cannot be known, so it is not left out
     assert grow(storage, placed("c@1", "c@1")) == 2
     assert grow(storage, placed("c@1", "c@1", "c@1")) == 1  # the same line once more
 
@@ -459,7 +459,7 @@ def test_a_parquet_file_written_again_in_other_row_groups_has_its_rows_once(stor
 
 
 def test_a_planned_parquet_file_that_breaks_later_gets_no_row_of_its_own(storage):
-    """Its items stand in the plan. One that was broken from the start has its row."""
+    """Its items are in the plan. A file that was broken from the start has its row."""
     source = Storage(f"{storage.url}/in", storage.options)
     sink = pa.BufferOutputStream()
     pq.write_table(pa.table({"audio": [{"bytes": audio_bytes(), "path": "a.wav"}] * 4}), sink, row_group_size=2)

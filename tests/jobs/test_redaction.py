@@ -1,4 +1,4 @@
-"""jobs/storage/redaction.py: what of a URL may be written down."""
+"""jobs/storage/redaction.py: which parts of a URL may be written down."""
 
 import time
 
@@ -44,7 +44,7 @@ def test_escapes_in_the_path_of_a_url_do_not_hide_its_query():
 def test_a_text_of_many_urls_is_redacted_in_time_that_grows_with_it():
     started = time.monotonic()
     assert redact_text("http://" * 150_000).startswith("http://")  # 1 MB, the longest line of a manifest
-    assert time.monotonic() - started < 10  # 0.1 s; in squared time 7 minutes
+    assert time.monotonic() - started < 10  # takes 0.1 s; in quadratic time 7 minutes
 
 
 def test_metadata_keeps_its_links_but_for_signatures():

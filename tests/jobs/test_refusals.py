@@ -1,4 +1,4 @@
-"""What a run refuses before Ray starts, in one line that says what to do, and what it takes that looks odd."""
+"""What a run refuses before Ray starts, in one line that says what to do, and what it accepts although it looks odd."""
 
 import os
 import pickle
@@ -59,7 +59,7 @@ def test_outputs_beside_the_input(clips, input_, output):
     [("input", "s3://"), ("input", "https://"), ("output", "s3:///"), ("output", "file://"), ("model", "s3://")],
 )
 def test_a_url_that_names_nothing(clips, option, url):
-    """As a shell makes it of s3://$BUCKET with no BUCKET."""
+    """What a shell makes of s3://$BUCKET if BUCKET is not set."""
     config = replace(job_config(clips, clips.parent / "out"), **{option: url})
     with pytest.raises(ConfigError, match=f"{url} names no bucket and no folder"):
         prepare(config)
@@ -96,7 +96,7 @@ def test_what_file_browsers_and_writers_leave_in_a_table_is_not_taken_for_rows(t
 
 @pytest.mark.parametrize("name", ["model", "models/mine"])  # the second could be an id of the Hugging Face hub
 def test_relative_paths_hold_in_a_process_with_another_working_directory(name, tmp_path, monkeypatch):
-    """The workers of a cluster that was there before have one of their own."""
+    """Workers of a cluster that is already running have their own."""
     monkeypatch.chdir(tmp_path)
     output = Storage("out")
     output.write_atomic("x", b"y")
@@ -119,7 +119,7 @@ def test_a_path_that_several_nodes_write_to(url, nodes, noted, capsys):
 
 def test_exclusive_writes_without_hard_links(tmp_path, monkeypatch):
     def refuse(*_):
-        raise PermissionError(1, "Operation not permitted")  # as of FAT and of some network filesystems
+        raise PermissionError(1, "Operation not permitted")  # as on FAT and on some network filesystems
 
     monkeypatch.setattr(os, "link", refuse)
     storage = Storage(str(tmp_path))

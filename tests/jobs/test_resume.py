@@ -27,7 +27,7 @@ def test_committed_shards_are_neither_read_nor_computed_again(layouts, s3_server
         )
 
         def asked(method: str) -> list[str]:
-            """Paths of the requests of the last run, listings aside."""
+            """Paths of the last run's requests, except listings."""
             requests = [request for request in proxy.seen if request.method == method and not request.is_listing]
             return [request.path.removeprefix(f"/{bucket}/") for request in requests]
 

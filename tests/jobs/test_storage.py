@@ -137,7 +137,7 @@ def test_a_killed_writer_leaves_nothing_among_the_files_of_a_table(tmp_path):
 
 
 def test_temporaries_of_dead_writers_go_and_those_of_living_ones_stay(tmp_path):
-    """One writer that lives in another process, one that was killed, and two of another machine, young and old."""
+    """A writer alive in another process, one that was killed, and files of another machine, one new and one old."""
     write = "import sys, time; from jobs.storage.files import Storage\n"
     write += (
         "class Slow:\n    def read(self, _size): print('writing', flush=True); return sys.stdin.buffer.readline()\n"
@@ -168,7 +168,7 @@ def test_temporaries_of_dead_writers_go_and_those_of_living_ones_stay(tmp_path):
 
 
 def test_what_a_killed_writer_left_is_removed_where_only_who_writes_may_lock(tmp_path, monkeypatch):
-    """As on NFS, whose client makes flock a lock of fcntl; see flock(2)."""
+    """As on NFS, whose client turns flock into an fcntl lock; see flock(2)."""
 
     def flock_of_nfs(file, operation: int) -> None:
         mode = fcntl.fcntl(file, fcntl.F_GETFL) & os.O_ACCMODE
@@ -212,7 +212,7 @@ def test_a_wrong_key_is_no_objects_fault_and_is_not_named(s3_server):
 
 
 def test_unreachable_endpoint_is_storage():
-    # Port 1 of the loopback refuses at once; five attempts with backoff would be ten seconds, so there is one.
+    # Port 1 of the loopback refuses at once; five attempts with backoff would take ten seconds, so there is one.
     options = StorageOptions("http://127.0.0.1:1", "us-east-1", "k" * 8, "s" * 8, patience_s=0)
     storage = Storage("s3://bucket/x", options)
     storage.fs.config_kwargs["retries"] = {"mode": "standard", "total_max_attempts": 1}
@@ -222,7 +222,7 @@ def test_unreachable_endpoint_is_storage():
 
 
 class AnswerError(Exception):
-    """As of gcsfs: `code`, a number or text. As of azure: `status_code`."""
+    """Like those of gcsfs, with `code`, a number or text, or those of azure, with `status_code`."""
 
     def __init__(self, **answer):
         super().__init__("the server refuses https://host/x?sig=canary")
@@ -230,20 +230,20 @@ class AnswerError(Exception):
 
 
 class NoAnswerError(Exception):
-    """As of azure, where the connection failed."""
+    """Like that of azure when the connection failed."""
 
     __module__ = "azure.core.exceptions"
     inner_exception = None
 
 
 class CheckError(Exception):
-    """As of gcsfs, where the content is not what its digest says."""
+    """Like that of gcsfs when the content does not match its digest."""
 
     __module__ = "gcsfs.retry"
 
 
 class AnsweringFileSystem(MemoryFileSystem):
-    """Objects in memory; of those in `failing` the first requests raise what stands there."""
+    """Objects in memory; the first requests for those in `failing` raise the errors listed there."""
 
     protocol = "answering"
     store, pseudo_dirs, failing, requests = {}, [""], {}, []
@@ -357,7 +357,7 @@ def test_listing_pages_are_complete(s3_server):
 
 
 def test_empty_ranges_of_a_listing_cost_one_request_each(s3_server):
-    """As where the parts of early shards are merged: behind each empty range lie all the parts of the late ones."""
+    """As when the parts of early shards are merged: after each empty range come all the parts of the late ones."""
     bucket = s3_server.bucket()
     (s3_server.folder / bucket / "t").mkdir()
     names = [f"part-{number:05d}" for number in range(3_000, 6_000)]
@@ -389,7 +389,7 @@ def test_one_object_a_prefix_and_a_glob_are_told_apart(storage):
 
 
 def test_a_slash_tells_a_folder_from_an_object_of_its_name():
-    """rclone's server keeps objects as files, and cannot hold both; so this is moto's."""
+    """rclone's server keeps objects as files, and cannot hold both; so this uses moto's."""
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     try:
