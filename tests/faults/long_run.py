@@ -27,6 +27,7 @@ from kills import (  # noqa: E402
     Fault,
     Trial,
     account,
+    fail_device,
     kill_actor,
     kill_all,
     kill_chained_actor,
@@ -57,6 +58,7 @@ def local_faults() -> dict[str, tuple[Fault, str]]:
         "driver and all of Ray, kill -9": (resumed(kill_all), "chained"),
         "driver, SIGTERM": (resumed(terminate_driver), "chained"),
         "actor of all stages, kill -9": (kill_chained_actor, "chained"),
+        "GPU of a model actor fails": (fail_device, "apart"),
     }
     faults |= {f"{kind} actor, kill -9": (kill_actor(kind), "apart") for kind in ACTORS}
     for moment, words in {
