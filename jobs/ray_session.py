@@ -24,6 +24,7 @@ CONNECT_S = 5.0  # for one try
 LOCAL = "local"  # Ray's word for a new cluster of this process's own
 # By default Ray tries 20 times, for 35 s each and silently, to reach a head. One try is enough for something that
 # listens but is no head, such as the dashboard's port, and for a head that "auto" remembers but that is gone.
+TOO_SLOW = "timed out during startup"  # of a raylet; in Ray's words
 JOIN_TRIES = "RAY_gcs_server_port_wait_time_s", "1"
 _RAISED = re.compile(r"^[A-Za-z_][\w.]*: .+$", re.MULTILINE)  # the line of a traceback that names the exception
 
@@ -107,12 +108,15 @@ def _start(address: str) -> None:
     """
     # Ray's C++ core writes advice to the driver's stderr; errors that matter come back as exceptions.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    local = {"include_dashboard": False} if address == LOCAL else {}
     try:
-        # Silent, because Ray would report that it has read the variable above. Its SIGTERM handler is removed again,
-        # because that one aborts the process in the middle of a call.
-        with _without_stderr(), _keeping_sigterm(), nullcontext() if local else _joining_once():
-            ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, **local)
+        try:
+            _init(address)
+        except Exception as error:
+            if TOO_SLOW not in str(error):
+                raise
+            # Usually a machine that is busy or has just been set up: the second time, Ray's files are in memory.
+            print("note    Ray did not start within its 30 s; trying once more", file=sys.stderr)
+            _init(address)
     except ValueError as error:
         raise ConfigError(f"Ray at {address!r} cannot be used: {_first_sentence(error)}") from error
     except Exception as error:
@@ -121,6 +125,16 @@ def _start(address: str) -> None:
         else:
             found, advice = f"at {address} was not joined", "check that the cluster runs and can be reached from here"
         raise WorkerError(f"Ray {found} ({_first_sentence(error)}), and nothing has run on it; {advice}") from error
+
+
+def _init(address: str) -> None:
+    """`ray.init`: silent, because it would report that it has read the environment.
+
+    Its SIGTERM handler is removed again, because that one aborts the process in the middle of a call.
+    """
+    local = {"include_dashboard": False} if address == LOCAL else {}
+    with _without_stderr(), _keeping_sigterm(), nullcontext() if local else _joining_once():
+        ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, **local)
 
 
 def _first_sentence(error: Exception) -> str:

@@ -11,13 +11,29 @@ from job_process import PROMPTS, JobProcess, run_job
 RAYLET = "core/src/ray/raylet/raylet"  # the command that `ray.init` waits for
 
 
-@pytest.mark.slow  # Ray waits for 30 s
-def test_ray_that_does_not_start_stops_the_job_before_it_begins(tmp_path):
-    source, output = PROMPTS / "prompts.jsonl", tmp_path / "out"
-    job = JobProcess(source, output)
+def kill_raylet(job: JobProcess) -> None:
     job.wait_until(lambda: job.members(RAYLET), "a raylet")
     for pid in job.members(RAYLET):
         os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.slow  # Ray waits for 30 s
+def test_ray_that_does_not_start_the_first_time_is_started_again(tmp_path):
+    job = JobProcess(PROMPTS / "prompts.jsonl", tmp_path / "out")
+    kill_raylet(job)
+    status, printed = job.finish()
+    assert status == 0, printed
+    assert "Ray did not start within its 30 s; trying once more" in printed
+    assert ds.dataset(tmp_path / "out" / "transcripts").count_rows() == 44
+
+
+@pytest.mark.slow  # Ray waits for 30 s, twice
+def test_ray_that_does_not_start_stops_the_job_before_it_begins(tmp_path):
+    source, output = PROMPTS / "prompts.jsonl", tmp_path / "out"
+    job = JobProcess(source, output)
+    for _ in range(2):
+        kill_raylet(job)
+        job.wait_until(lambda: not job.members(RAYLET), "the end of the raylet")
     status, printed = job.finish()
     assert status == 1, printed
     assert "Traceback" not in printed
