@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from jobs.storage.connections import StorageOptions, scheme_of
+from jobs.storage.connections import OWN_ERRORS, StorageOptions, scheme_of
 from jobs.storage.files import Storage
 from jobs.storage.source_file import SourceFile
 from parakeet_core.checkpoint import Checkpoint, load_checkpoint, read_source
 from parakeet_core.config import ModelConfig, differing_files
-from parakeet_core.errors import CheckpointError, CredentialsError, InputError
+from parakeet_core.errors import CheckpointError
 from parakeet_core.tokenizer import Tokenizer
 
 HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
@@ -81,7 +81,7 @@ def local_model(name: str, storage: StorageOptions) -> Path:
     if scheme_of(name) != "file":
         try:
             return _fetched(Storage(name, storage))
-        except (InputError, CredentialsError) as error:
+        except OWN_ERRORS as error:
             raise CheckpointError(f"model {name}: {error}") from error
         except OSError as error:
             raise CheckpointError(
@@ -160,22 +160,17 @@ def _from_hub(name: str) -> Path:
             f"model {name}: no such path; to fetch it as a Hugging Face model id: pip install 'parakeet-batch[hub]'"
         ) from error
     try:
-        for patterns in ([f"*{ending}" for ending in CHECKPOINT_FILES if ending != ".nemo"], ["*.nemo"]):
-            folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
-            if (folder / "config.json").exists() and any(folder.glob("*.safetensors")):
-                break  # most repositories also hold the archive: as many gigabytes again
+        patterns = [f"*{ending}" for ending in CHECKPOINT_FILES if ending != ".nemo"]
+        folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
+        if (folder / "config.json").exists() and any(folder.glob("*.safetensors")):
+            return folder  # most repositories also hold the archive: as many gigabytes again
+        folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=["*.nemo"]))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise CheckpointError(
             f"model {name}: no such path, and the Hugging Face hub does not give it ({type(error).__name__}); "
             "check the id and the network, or download it once and give its path or URL"
         ) from error
-    return _nemo_or_folder(folder)
-
-
-def _nemo_or_folder(folder: Path) -> Path:
-    """The .nemo file of a repository that holds nothing else, as older ones do."""
-    archives = sorted(folder.glob("*.nemo"))
-    return archives[0] if archives and not (folder / "config.json").exists() else folder
+    return next(iter(sorted(folder.glob("*.nemo"))), folder)  # older repositories hold nothing else
 
 
 __all__ = ["ModelReference", "local_model", "resolve_model"]

@@ -27,12 +27,12 @@ from jobs.planning.store import read_plan, write_plan
 from jobs.report.progress import Tally, hours
 from jobs.report.receipt import Receipt, merge_tallies
 from jobs.resume import account_earlier
-from jobs.storage.connections import StorageOptions, scrub
+from jobs.storage.connections import OWN_ERRORS, StorageOptions, scrub
 from jobs.storage.files import Storage
 from jobs.table.ownership import JobIdentity, as_begun, check_output, recorded_dtype, version_of
 from jobs.table.parts import TABLE_FOLDER
 from jobs.table.shard_names import pack_shards
-from parakeet_core.errors import ConfigError, CredentialsError, InputError
+from parakeet_core.errors import ConfigError
 
 RECEIPT_EVERY_S = 60.0  # so after a kill, only the parts of a minute have to be looked up again
 
@@ -164,12 +164,16 @@ def prepare(config: TranscribeConfig) -> Run:
             output, identity = find(root, identify(model, dtype))
             check_output(output, identity)
         generations, sources = _plan(config, output, list_generations(root))
-        state = Run(config, output, model, generations, read_plan(output, generations), sources, identity)
-        state.started_at, state.preparation_s = started_at, time.monotonic() - begun
+        shards = read_plan(output, generations)
+        state = Run(
+            *(config, output, model, generations, shards, sources, identity),
+            started_at=started_at,
+            preparation_s=time.monotonic() - begun,
+        )
         if identity is not None:
             state.account()
         return state
-    except (InputError, CredentialsError) as error:
+    except OWN_ERRORS as error:
         raise ConfigError(f"input or output cannot be used: {error}") from error
 
 

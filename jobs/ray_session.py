@@ -109,14 +109,7 @@ def _start(address: str) -> None:
     # Ray's C++ core writes advice to the driver's stderr; errors that matter come back as exceptions.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     try:
-        try:
-            _init(address)
-        except Exception as error:
-            if TOO_SLOW not in str(error):
-                raise
-            # Usually a machine that is busy or has just been set up: the second time, Ray's files are in memory.
-            print("note    Ray did not start within its 30 s; trying once more", file=sys.stderr)
-            _init(address)
+        _init(address)
     except ValueError as error:
         raise ConfigError(f"Ray at {address!r} cannot be used: {_first_sentence(error)}") from error
     except Exception as error:
@@ -128,6 +121,17 @@ def _start(address: str) -> None:
 
 
 def _init(address: str) -> None:
+    """`ray.init`, a second time if the first was too slow: as a rule Ray's files are in memory then."""
+    try:
+        _init_once(address)
+    except Exception as error:
+        if TOO_SLOW not in str(error):
+            raise
+        print("note    Ray did not start within its 30 s; trying once more", file=sys.stderr)
+        _init_once(address)
+
+
+def _init_once(address: str) -> None:
     """`ray.init`: silent, because it would report that it has read the environment.
 
     Its SIGTERM handler is removed again, because that one aborts the process in the middle of a call.

@@ -6,6 +6,7 @@ before any work; 1 stopped in the middle, or Ray did not start (the same command
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -30,7 +31,7 @@ from jobs.report.progress import ProgressDisplay, Tally
 from jobs.report.receipt import EventLog, Receipt, add_to_receipt, summarise
 from jobs.resources import Resources, measure_work, plan_resources
 from jobs.resume import find_undoubled
-from jobs.storage.connections import scrub
+from jobs.storage.connections import OWN_ERRORS, scrub
 from jobs.storage.files import Storage
 from jobs.table.ownership import claim_output
 from jobs.table.parts import find_committed
@@ -38,7 +39,7 @@ from jobs.table.schema import PartFacts
 from jobs.verify import verify_table
 from jobs.worker_end import EVENTS_FOLDER
 from parakeet_core.checkpoint import INT8
-from parakeet_core.errors import ConfigError, CredentialsError, InputError
+from parakeet_core.errors import ConfigError
 
 HOPELESS_ITEMS, HOPELESS_SHARE = 1_000, 0.5  # so many errors in so many items point to one cause, not to the items
 RESUME_HINT = "run the same command again to resume; committed parts are kept and not computed again"
@@ -114,7 +115,7 @@ def _claim(state: Run, todo: pa.Table, grows: bool) -> Resources:
         resources = plan_resources(state.config, state.device, alive_nodes(), work, grows)
         claim_output(state.output, state.identity, state.generations)  # only now: a refused run leaves no mark
         state.output.remove_dead_temporaries()
-    except (InputError, CredentialsError) as error:
+    except OWN_ERRORS as error:
         raise ConfigError(f"the output cannot be used: {error}") from error
     return resources
 
@@ -184,7 +185,7 @@ def _stops_named(state: Run) -> Iterator[None]:
             f"memory, or a GPU that fails ({EVENTS_FOLDER}/worker-*.jsonl then say how; {root_cause(error)}); "
             f"{RESUME_HINT}"
         ) from error
-    except (ray.exceptions.RayError, InputError, CredentialsError) as error:
+    except (ray.exceptions.RayError, *OWN_ERRORS) as error:
         raise JobStoppedError(f"{scrub(root_cause(error), state.output.options)}; {RESUME_HINT}") from error
     except ConfigError as error:  # parts of another driver, or merged ones, that got past all checks
         raise JobStoppedError(f"the table is not whole: {error}") from error
@@ -197,7 +198,7 @@ def _verify(state: Run, receipt: Receipt) -> Receipt:
         where = state.output, state.shards, files, state.sources
         found = verify_table(*where, state.model, state.device, state.config.verify)
         add_to_receipt(state.output, verification=asdict(found))
-    except (ray.exceptions.RayError, InputError, CredentialsError) as error:
+    except (ray.exceptions.RayError, *OWN_ERRORS) as error:
         cause = scrub(root_cause(error), state.output.options)
         raise JobStoppedError(f"the table is there, but could not be verified: {cause}; {RESUME_HINT}") from error
     print(f"verify  {found.describe()}")
@@ -222,8 +223,7 @@ def _close(state: Run, events: EventLog, page: bool = True) -> None:
     receipt = state.write_receipt()
     events.add("end", complete=receipt.complete, items=receipt.items_in, errors=receipt.errors, wall_s=receipt.wall_s)
     events.flush()
-    for reason in sorted(set(events.not_compiled.values())):
-        workers = sum(why == reason for why in events.not_compiled.values())
+    for reason, workers in sorted(Counter(events.not_compiled.values()).items()):
         print(f"note    the model of {workers} workers ran uncompiled, and slower: {reason:.300}", file=sys.stderr)
     if page:
         write_report(state.output, vars(receipt), state.throughput)
@@ -234,7 +234,7 @@ def _close_if_possible(state: Run, events: EventLog, page: bool) -> None:
     failed = sys.exc_info()[0] is not None
     try:
         _close(state, events, page)
-    except (InputError, CredentialsError) as error:
+    except OWN_ERRORS as error:
         if not failed:
             raise
         print(f"note    receipt and report were not written: {error}", file=sys.stderr)

@@ -10,9 +10,8 @@ import signal
 from datetime import UTC, datetime
 
 from jobs.blocks import worker_name
-from jobs.storage.connections import scrub
+from jobs.storage.connections import OWN_ERRORS, scrub
 from jobs.storage.files import Storage
-from parakeet_core.errors import CredentialsError, InputError
 
 EVENTS_FOLDER = "events"
 log = logging.getLogger(__name__)
@@ -26,6 +25,6 @@ def end_worker(output: Storage, cause: str) -> None:
     try:
         name = f"{EVENTS_FOLDER}/worker-{worker_name().replace(':', '-')}.jsonl"
         output.write_atomic(name, (scrub(json.dumps(record), output.options) + "\n").encode())
-    except (InputError, CredentialsError) as error:
+    except OWN_ERRORS as error:
         log.error("the cause could not be written: %s", error)
     os.kill(os.getpid(), signal.SIGKILL)

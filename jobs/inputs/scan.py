@@ -21,9 +21,9 @@ from jobs.inputs.listing import LISTING_SCHEMA, hidden_files, list_files, resolv
 from jobs.inputs.manifest import manifest_rows
 from jobs.inputs.plan_rows import PLAN_SCHEMA, plan_batch
 from jobs.sources.rules import SourceRules
-from jobs.storage.connections import DEFAULT_OPTIONS, StorageOptions, scrub
+from jobs.storage.connections import DEFAULT_OPTIONS, OWN_ERRORS, StorageOptions, scrub
 from jobs.storage.files import Storage
-from parakeet_core.errors import ConfigError, CredentialsError, InputError
+from parakeet_core.errors import ConfigError
 
 AUDIO_EXTENSIONS = frozenset(
     ["wav", "flac", "mp3", "ogg", "oga", "opus", "m4a", "mp4", "aac", "webm", "wma", "aif", "aiff", "aifc"]
@@ -133,7 +133,7 @@ def scan_input(options: InputOptions, listing: Iterator[pa.RecordBatch] | None =
         else:
             storage, name = Storage(options.url, options.storage), None
         spill, counts = spill_listing(listing, named=name is not None)
-    except (InputError, CredentialsError) as error:
+    except OWN_ERRORS as error:
         raise ConfigError(f"the input cannot be listed: {error}") from error
     chosen, reason = choose_format(options, counts, name)
     sources = replace(options.storage, signed_urls={})

@@ -108,6 +108,7 @@ class StorageOptions:
 
 
 DEFAULT_OPTIONS = StorageOptions()
+OWN_ERRORS = (InputError, CredentialsError)  # what every failure of storage is turned into
 
 
 def scheme_of(url: str) -> str:

@@ -3,7 +3,7 @@
 import io
 from functools import partial
 
-from jobs.storage.connections import StorageOptions, connect, scheme_of, storage_call
+from jobs.storage.connections import OWN_ERRORS, StorageOptions, connect, scheme_of, storage_call
 from jobs.storage.local_files import check_regular
 from parakeet_core.errors import CredentialsError, InputError
 
@@ -35,7 +35,7 @@ class SourceFile(io.RawIOBase):
         if self.error is None:
             try:
                 return storage_call(partial(call, *arguments), self.source, self.options)
-            except (InputError, CredentialsError) as error:
+            except OWN_ERRORS as error:
                 self.error = error
         raise self.error
 
